@@ -41,7 +41,7 @@ def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated
     says = r"the evaluation 'gone' came from the package handmade 0\.3, which does not give it here"
     with pytest.raises(UserError, match=says):
         loop.train(config, str(tmp_path))
-    with caplog.at_level("WARNING", "mae_jax"), pytest.raises(UserError, match="holds no checkpoint"):
+    with caplog.at_level("WARNING", "mae_jax"), pytest.raises(UserError, match="has no checkpoint"):
         loop.evaluate(str(tmp_path))
     assert re.search(says, caplog.text)
 
@@ -74,7 +74,7 @@ def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, no_plugins):
         "plugins": json.dumps(odd)})
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         read_config(epath.Path(tmp_path))
-    with pytest.raises(UserError, match=r"x\.safetensors is no file of weights, or damaged"):
+    with pytest.raises(UserError, match=r"x\.safetensors is not a file of weights, or damaged"):
         config_of(str(tmp_path / "x.safetensors"))
 
 

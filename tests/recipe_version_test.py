@@ -59,7 +59,7 @@ def test_a_stored_run_goes_on_as_it_began_whatever_the_recipe_has_now(behavior, 
     assert "recipe_version" not in (folder / "config.json").read_text()
     caplog.set_level(logging.INFO, "mae_jax")
     assert runs.train(runs.changed(stored, NEWEST), folder) == 0
-    assert f"recipe_version 1, with which the run began; a new run has {CURRENT}" in caplog.text
+    assert f"recipe_version 1, that of the start of the run; a new run has {CURRENT}" in caplog.text
     wanted = json.loads((RECORD / "runs" / f"{method}.json").read_text())["metrics"]
     steps = range(STOP + 1, TOTAL + 1)
     np.testing.assert_allclose(losses(folder, steps), [wanted[str(step)]["train/loss"] for step in steps], **CLOSE)

@@ -22,10 +22,10 @@ REQUIRED = ("workdir",)
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
-                         "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
-STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into, from 0: the log's number less 1; "
-                            "-1: the last one", lower_bound=-1)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
+                         "train; eval: evaluate a workdir's newest checkpoint; replay: inspect one step's gradients")
+STEP = flags.DEFINE_integer("step", -1, "step of --mode=replay, from 0: the number in the log less 1; -1: the "
+                            "last one", lower_bound=-1)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, print how it would run, and write nothing")
 
 
 def main() -> int:
@@ -36,13 +36,13 @@ def main() -> int:
 
     startup_timer.done("imports")
     if MODE.value == "replay" and CONFIG.value is not None:
-        raise UserError("--mode=replay reads the config that the workdir was made with; leave --config out")
+        raise UserError("--mode=replay reads the workdir's config; leave --config out")
     if MODE.value != "train" and DRY_RUN.value:
         raise UserError(f"--dry_run compiles the train step; leave it out with --mode={MODE.value}")
     if MODE.value == "train" and CONFIG.value is None:
         raise UserError("--config must be given to train; --help shows an example")
     if MODE.value == "replay" and launch.here():
-        raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
+        raise UserError("--mode=replay runs in one process; use --coordinator=off")
     if CONFIG.value is not None and launch.here():
         config.validate(CONFIG.value)  # before the processes connect
     same = {"--workdir": WORKDIR.value, "--mode": MODE.value, "--dry_run": DRY_RUN.value}

@@ -69,7 +69,7 @@ def _installed() -> bool:
     """Returns whether pycocotools is installed; logs once if it is not."""
     found = importlib.util.find_spec("pycocotools") is not None
     if not found:
-        log.info("average precision is computed in NumPy; pip install 'mae_jax[coco]' brings COCO's own code")
+        log.info("average precision is computed in NumPy; for COCO's own code: pip install 'mae_jax[coco]'")
     return found
 
 

@@ -72,7 +72,7 @@ def counts(logits: jax.Array, label: jax.Array, valid: jax.Array, classes: int) 
       UserError: the logits do not have C classes.
     """
     if logits.shape[1] != classes:
-        raise UserError(f"the model's head has {logits.shape[1]} classes and the evaluated data {classes}")
+        raise UserError(f"the model's head has {logits.shape[1]} classes, and the evaluated data have {classes}")
     number = jnp.arange(classes)
     truth = (label[:, None] == number) & (valid > 0)[:, None]
     own = jnp.where(truth, logits, -jnp.inf).max(1, keepdims=True)

@@ -236,7 +236,7 @@ def united(what: str, given: Iterable[tuple[str, Mapping[str, Value]]], own: Col
     for giver, those in given:
         for name, value in those.items():
             if name in givers and not (givers[name] in own and giver in own):
-                raise UserError(f"the evaluations {givers[name]!r} and {giver!r} both give the {what} {name!r}; one of "
-                                "them must call it otherwise")
+                raise UserError(f"the evaluations {givers[name]!r} and {giver!r} both return the {what} {name!r}; "
+                                "rename one")
             values[name], givers[name] = value, giver
     return values

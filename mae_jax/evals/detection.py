@@ -41,7 +41,7 @@ class Detection(Evaluation):
     def scalars(self, ctx: Context) -> dict[str, float]:
         annotations, found = _annotations(_part(ctx)), list(ctx.held_out.rows.get("detections", ()))
         if annotations is None and found:
-            log.warning("data.source=%r has no annotations to judge detections by: no average precision",
+            log.warning("no average precision: data.source=%r has no annotations",
                         ctx.method.config.data.source)
         if annotations is None or not found:
             return {}

@@ -63,8 +63,8 @@ def evaluations() -> tuple[Evaluation, ...]:
     known = {name: _made(each) if isinstance(each, type) else each for name, each in _table().items()}
     for name, each in known.items():
         if getattr(each, "name", None) != name:
-            raise UserError(f"the evaluation {name!r} of a plug-in calls itself {getattr(each, 'name', None)!r}; the "
-                            "two must be the same")
+            raise UserError(f"the evaluation {name!r} of a plug-in has the attribute "
+                            f"name={getattr(each, 'name', None)!r}; both must be the same")
         if each.when not in get_args(When):
             known_times = did_you_mean(each.when, get_args(When))
             raise UserError(f"the evaluation {name!r} has when={each.when!r}; {known_times}")
@@ -161,7 +161,7 @@ class Evaluator:
         """
         known = {each.name: each for each in evaluations() if each.when == "on_demand"}
         if name not in known:
-            raise UserError(f"no evaluation on demand is called {name!r}; {did_you_mean(name, known)}")
+            raise UserError(f"unknown evaluation on demand {name!r}; {did_you_mean(name, known)}")
         if known[name] not in self.applying:
             return {}
         return self._run((known[name],), f"{part}/", state.ema or state.params, state, part)

@@ -29,7 +29,7 @@ class FrozenProbes(Evaluation):
         train, test = (ctx.pooled(source) for source in (ctx.data.support, ctx.source))
         for split, (_, labels) in ((config.data.train_split, train), (config.data.eval_split, test)):
             if classes < 2 or not len(labels):
-                raise UserError(f"the split {split!r} has no labels of several classes: nothing to probe")
+                raise UserError(f"the split {split!r} has no labels of at least two classes: there is nothing to probe")
         swept, _ = linear_probe.sweep(train, test, classes, seed=config.seed)
         neighbors = knn.top1(train, test, classes, config.eval.knn_k, config.eval.knn_temperature)
         return {"linear/top1": linear_probe.top1(train, test, classes), "knn/top1": neighbors, "sgd/top1": swept}

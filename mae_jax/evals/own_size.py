@@ -43,8 +43,8 @@ class OwnSize(Evaluation):
         config = method.config
         for split in filter(None, (config.data.eval_split, config.data.val_split)):
             if not isinstance(data.parts.get(split), Source):
-                raise UserError(f"method.test={method.test!r} asks for images by their numbers, which "
-                                f"data.source={config.data.source!r} does not give here; use method.test=none, or "
+                raise UserError(f"method.test={method.test!r} needs random access, which "
+                                f"data.source={config.data.source!r} does not have here; use method.test=none, or "
                                 "folders, Parquet, tars, or TFDS stored as array_record")
         return True
 

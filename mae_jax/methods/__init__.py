@@ -52,8 +52,8 @@ def own_defaults(method: "ConfigDict") -> dict[str, Any]:
     """Returns `defaults` for a config group `method`; raises UserError if it has fields of another method."""
     own = defaults(method.name)
     if other := sorted(set(method) ^ {"name", *own}):
-        raise UserError(f"method.name={method.name!r} with the fields of another method (method.{other[0]} is of one "
-                        "of the two only); take a recipe of that method")
+        raise UserError(f"method.name={method.name!r} with the fields of another method: method.{other[0]} is of only "
+                        "one of the two; use a recipe of that method")
     return own
 
 

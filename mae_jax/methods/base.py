@@ -55,7 +55,7 @@ def named_blocks(config: ConfigDict) -> set[int]:
     named = {"all": range(depth), "first_half": range(depth // 2), "last_half": range(depth // 2, depth),
              "last_two_odd": range(1, depth, 2)[-2:]}
     if text in named and not named[text]:
-        raise UserError(f"method.blocks={text!r} names none of the {depth} block{'s' if depth > 1 else ''}")
+        raise UserError(f"method.blocks={text!r} selects none of the {depth} block{'s' if depth > 1 else ''}")
     if text in named:
         return set(named[text])
     found: set[int] = set()

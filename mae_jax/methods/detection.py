@@ -61,7 +61,7 @@ class Detection(Method):
     def check_data(self) -> None:
         wanted, there = self.config.method.classes, len(self.data.classes)
         if not there:
-            raise UserError("method.name=detection needs data with boxes and their classes; this has no classes")
+            raise UserError("method.name=detection needs data with boxes and classes; these have no classes")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
 

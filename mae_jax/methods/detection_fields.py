@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
             refuse(key, "two numbers")
     for count, share in (("anchor_samples", "anchor_positives"), ("regions", "region_positives")):
         if int(m[count] * m[share]) < 1:
-            refuse(share, f"a share of method.{count}={m[count]} that is one of them at least")
+            refuse(share, f"a share that is at least one of the method.{count}={m[count]}")
     for key in ("global_blocks", "map_blocks")[:1 + (m.pyramid == "blocks")]:  # 'simple' uses the last block only
         if list(m[key]) != sorted({block for block in m[key] if 0 <= block < depth}):
             refuse(key, f"some of the blocks 0 to {depth - 1}, ascending")
@@ -51,11 +51,11 @@ def check(config: ConfigDict) -> None:
     if m.pyramid == "blocks" and len(m.map_blocks) != len(m.scales):
         refuse("map_blocks", f"{len(m.scales)} blocks, one for each of method.scales")
     if m.pyramid == "blocks" and m.map_blocks[-1] != depth - 1:
-        refuse("map_blocks", f"the last block, {depth - 1}, among them: blocks behind it would learn nothing")
+        refuse("map_blocks", f"the last block, {depth - 1}, among them: blocks after it would not be trained")
     if len(m.stage_overlaps) not in (1, 3) or len(m.stage_weights) != len(m.stage_overlaps):
-        refuse("stage_overlaps", "one stage, or the three of a cascade, and as many method.stage_weights")
+        refuse("stage_overlaps", "one stage, or the three of a cascade, and as many method.stage_weights as stages")
     if m.class_token and (m.window or m.relative_positions):
-        refuse("class_token", "False with windows or relative positions, where it would have no place")
+        refuse("class_token", "False: it has no place in windows and relative positions")
     _check_grid(config, PatchGrid.of(config))
 
 

@@ -63,11 +63,11 @@ class DINO(Method):
         for key in ("temperature_warmup", "freeze_last"):
             steps(m[key], config.batch_size, 1)
         if config.model.positions != "fixed":
-            raise UserError(f"model.positions={config.model.positions!r}; DINO's views have several grids: use 'fixed'")
+            raise UserError(f"model.positions={config.model.positions!r}; DINO's views have several grids; use 'fixed'")
         if data.color != "none" or data.augment != "random" or data.resize != "exact" or data.repeats != 1:
             raise UserError(f"data.augment={data.augment!r}, data.color={data.color!r}, data.resize={data.resize!r}, "
-                            f"data.repeats={data.repeats}: DINO's views are crops and colors of their own, cut from "
-                            "one decoding; leave 'random', 'none', 'exact' and 1")
+                            f"data.repeats={data.repeats}: DINO has its own crops and colors; leave 'random', "
+                            "'none', 'exact' and 1")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)

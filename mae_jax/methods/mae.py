@@ -64,7 +64,7 @@ class MAE(Method):
         visible = visible_patches(patches, m.mask_ratio)
         if not 0 < visible < patches:
             raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {patches} patches visible; "
-                            "at least one must be visible and one hidden")
+                            "at least one must be visible and one masked")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)

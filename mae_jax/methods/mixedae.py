@@ -45,24 +45,26 @@ class MixedAE(MAE):
         check_choices(m, mixing=MIXINGS, attention=ATTENTIONS)
         patches, group = PatchGrid.of(config).num_patches, _group(config)
         if group > patches:
-            raise UserError(f"method.ratio={m.ratio} would share {patches} patches among {group} images")
+            raise UserError(f"method.ratio={m.ratio} divides {patches} patches among {group} images; use fewer images, "
+                            "with a larger ratio")
         if patches % group:
-            raise UserError(f"method.ratio={m.ratio} shares {patches} patches among {group} images, which does not "
-                            f"divide; nearest data.image_size: {' or '.join(map(str, _sizes(config, group)))}")
+            raise UserError(f"method.ratio={m.ratio} does not divide {patches} patches evenly among {group} images; "
+                            f"nearest data.image_size: {' or '.join(map(str, _sizes(config, group)))}")
         if not 0 <= m.keep <= patches:
             raise UserError(f"method.keep={m.keep}; expected 1 to {patches} keys, or 0 for method.ratio of them")
         if m.temperature <= 0 or min(m.contrast_weight, m.projection) < 0:
             raise UserError(f"method.temperature={m.temperature} must be above 0, method.contrast_weight="
                             f"{m.contrast_weight} and method.projection={m.projection} not negative")
         if m.contrast_weight and patches == group:
-            raise UserError(f"method.ratio={m.ratio} gives a mix one patch of each image: nothing to contrast with")
+            raise UserError(f"method.ratio={m.ratio} puts one patch of each image into a mix, which leaves nothing to "
+                            "contrast; use a larger one")
         if m.attention == "all" and m.blocks != "all":
-            raise UserError(f"method.blocks={m.blocks!r} chooses blocks for homologous attention, and "
-                            "method.attention='all' has none")
+            raise UserError(f"method.blocks={m.blocks!r} selects blocks for homologous attention, but "
+                            "method.attention='all' has none; leave it 'all'")
         if config.eval.max_examples < group:
             raise UserError(f"eval.max_examples={config.eval.max_examples} is less than the {group} images of a mix")
         if config.data.repeats > 1 and -(-config.batch_size // config.data.repeats) < group:
-            raise UserError(f"data.repeats={config.data.repeats} would mix an image with itself")
+            raise UserError(f"data.repeats={config.data.repeats} would mix an image with itself; use fewer")
         named_blocks(config)
 
     def __init__(self, config: ConfigDict, data: DataInfo):
@@ -216,7 +218,7 @@ def _group(config: ConfigDict) -> int:
     ratio = config.method.ratio
     group = round(1 / ratio) if MIN_RATIO < ratio < 1 else 0
     if group < 2 or abs(1 / ratio - group) > GROUP_TOLERANCE * group:
-        raise UserError(f"method.ratio={ratio}; expected one over a whole number of images: 0.5, 0.3333333, 0.25")
+        raise UserError(f"method.ratio={ratio}; expected 1 over a whole number of images: 0.5, 0.3333333, 0.25")
     return group
 
 

@@ -45,13 +45,13 @@ class MoCE(MAE):
         MAE.validate(config)
         check_choices(m, gate=GATE_KINDS, gate_weight=WEIGHTS)
         if m.encoder_mask_tokens:
-            raise UserError("method.encoder_mask_tokens=True: that ablation of MAE has no experts")
+            raise UserError("method.encoder_mask_tokens=True is an ablation of MAE without experts; use False")
         if m.experts < 2:
             raise UserError(f"method.experts={m.experts} must be at least 2")
         if m.temperature <= 0:
             raise UserError(f"method.temperature={m.temperature} must be above 0")
         if min(m.noise, m.balance_weight, m.confidence_weight, m.distill_weight) < 0:
-            raise UserError("method.noise and the weights of method.*_weight must not be negative")
+            raise UserError("method.noise and method.*_weight must not be negative")
         named_blocks(config)
 
     @staticmethod
@@ -123,8 +123,8 @@ class MoCE(MAE):
         wanted = found.standard()
         read = extras["centroids"]
         if wanted.shape != read.shape or jnp.abs(read - wanted).max() > CENTROID_TOLERANCE:
-            raise UserError(f"method.clusters={folder!r} are not the clusters that this mixture was trained with: its "
-                            "gates read other centroids")
+            raise UserError(f"method.clusters={folder!r} has other centroids than those that this mixture was trained "
+                            "with; name the folder of its clusters")
 
     def probabilities(self, params: Params, extras: Extras, key: jax.Array | None = None) -> dict[int, jax.Array]:
         """Returns the routing table: block → gate probabilities of the experts for each cluster, float32 [m, E].

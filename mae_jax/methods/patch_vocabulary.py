@@ -30,12 +30,12 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
     """
     varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
     if len(varied) < MIN_PATCHES_PER_ENTRY * MIN_VOCABULARY:
-        raise UserError(f"only {len(varied)} of the sampled patches are not of one color: too few for a vocabulary; "
-                        "use method.target=norm_pix, or more images")
+        raise UserError(f"only {len(varied)} of the sampled patches have more than one color, too few for a "
+                        "vocabulary; use method.target=norm_pix, or more images")
     if len(varied) < MIN_PATCHES_PER_ENTRY * size:
         raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
                         f"not constant; use at most {len(varied) // MIN_PATCHES_PER_ENTRY}, or a larger "
-                        "eval.max_examples: no more images are sampled")
+                        "eval.max_examples, the number of sampled images")
     if kind == "projection":
         entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
     elif kind == "patches":
@@ -44,12 +44,11 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
         entries = kmeans(np.asarray(prepared(varied, kind)), size - 1, rng)
     chunks = np.array_split(varied, -(-len(varied) // 4096))
     used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
-    logger.info("method.target=%s: %d sampled patches that are not constant use the method.vocabulary=%d as %.1f "
-                "tokens would be used evenly (perplexity)", kind, len(varied), size, used)
+    logger.info("method.target=%s: %d sampled patches that are not constant have a perplexity of %.1f tokens, of "
+                "method.vocabulary=%d", kind, len(varied), used, size)
     if used < size / PERPLEXITY_DIVISOR:
-        raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
-                        f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "
-                        "one")
+        raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches have a perplexity of {used:.1f} "
+                        f"tokens, less than a twentieth of method.vocabulary={size}; use a smaller one")
     return entries
 
 

@@ -222,10 +222,11 @@ def _check_upernet(config: ConfigDict) -> None:
     if m.head == "linear":
         for field in ("blocks", "encoder_norm", "relative_position_bias"):
             if m[field] != fields.SEGMENT[field]:
-                raise UserError(f"method.{field}={m[field]!r} is of method.head=upernet; a linear one has method.block")
+                raise UserError(f"method.{field}={m[field]!r} is read with method.head=upernet only; a linear head has "
+                                "method.block")
         return
     if m.block != -1:
-        raise UserError(f"method.block={m.block} is of method.head=linear; upernet has method.blocks")
+        raise UserError(f"method.block={m.block} is read with method.head=linear only; upernet has method.blocks")
     upernet.map_blocks(config)
     for field, least in (("head_width", 0), ("aux_width", 1)):
         if m[field] < least:
@@ -236,7 +237,7 @@ def _check_upernet(config: ConfigDict) -> None:
         raise UserError(f"method.aux_weight={m.aux_weight}; it must not be negative")
     grid, smallest = PatchGrid.of(config).shape, 4 if upernet.has_small_patches(config) else 2
     if min(grid) < smallest:
-        raise UserError(f"method.head=upernet halves maps of patches, and data.image_size has {grid[0]} x {grid[1]} of "
-                        f"them; expected {smallest} x {smallest} at least")
+        raise UserError(f"method.head=upernet halves the maps, and data.image_size has only {grid[0]} x {grid[1]} "
+                        f"patches; expected at least {smallest} x {smallest}")
     if m.relative_position_bias and m.test == "whole":
-        raise UserError("method.relative_position_bias are of one size of images; use method.test=slide")
+        raise UserError("method.relative_position_bias fits one image size; use method.test=slide")

@@ -41,7 +41,7 @@ class Supervised(Method):
         if m.train_blocks not in (-1, 0.5, *range(depth + 1)):
             raise UserError(f"method.train_blocks={m.train_blocks}; expected -1 (all), 0, 0.5 or up to {depth} blocks")
         if m.loss == "bce" and m.smoothing:
-            raise UserError(f"method.smoothing={m.smoothing} would make every class a positive one of the binary "
+            raise UserError(f"method.smoothing={m.smoothing} would make every class positive in the binary "
                             "cross-entropy; use 0")
         if m.multi_label and m.loss != "bce":
             raise UserError("method.multi_label needs method.loss=bce")
@@ -64,7 +64,7 @@ class Supervised(Method):
         wanted, there = m.classes, len(data.classes if m.multi_label else data.single_label_classes)
         if there < 2:
             raise UserError(f"method.name=supervised needs images with one label each, of at least two classes; the "
-                            f"data has {there}: a folder needs two class sub-folders or more, and images with "
+                            f"data have {there}. A folder needs two class sub-folders or more, and images with "
                             "several labels need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")

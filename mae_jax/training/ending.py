@@ -39,6 +39,6 @@ def finished(workdir: epath.Path) -> int:
     if not text.isdigit():
         return 0
     if len(text) > MAX_STEP_DIGITS:
-        raise UserError(f"{workdir / 'DONE'} holds a number of {len(text)} digits, which is no step; remove the file, "
-                        "and the run goes on from its newest checkpoint")
+        raise UserError(f"{workdir / 'DONE'} has a number of {len(text)} digits, which is not a step; remove the "
+                        "file, and the run continues from its newest checkpoint")
     return int(text)

@@ -34,7 +34,7 @@ def known_mode(metric: str) -> str:
     for mode, pattern in (("min", LOWER), ("max", HIGHER)):
         if pattern.search(metric):
             return mode
-    raise UserError(f"checkpoint.best_metric={metric!r}: it is not known which of its values is the best; say "
+    raise UserError(f"checkpoint.best_metric={metric!r}: it is not known whether larger or smaller is better; set "
                     "checkpoint.best_mode=max or min")
 
 
@@ -76,8 +76,8 @@ class BestCheckpoint:
           UserError: `figures` lacks the metric.
         """
         if f"val/{self.metric}" not in figures:
-            raise UserError(f"checkpoint.best_metric={self.metric!r}: there is no such figure of the validation part: "
-                            "perhaps it has no image, or none with a label")
+            raise UserError(f"checkpoint.best_metric={self.metric!r}: the validation part has no such metric; perhaps "
+                            "it has no images, or none with a label")
         score = figures[f"val/{self.metric}"] * self.sign
         if score > self.score:  # False for NaN
             self.checkpoints.save(done, state)
@@ -102,8 +102,8 @@ def check(run: Run) -> Evaluator:
     """
     config, best = run.config, run.config.checkpoint.best_metric.removeprefix("val/")
     for text in missing():
-        raise UserError(f"{run.workdir}: the evaluation {text}; install the package, or take it out of 'plugins' in "
-                        "config.json, and the run goes on without")
+        raise UserError(f"{run.workdir}: the evaluation {text}; install the package, or remove it from 'plugins' in "
+                        "config.json to continue without it")
     evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
     if best:
         if best.startswith("eval/"):
@@ -120,7 +120,7 @@ def check(run: Run) -> Evaluator:
         val = run.inputs.parts.get(config.data.val_split)
         if best in of_labels and val and not labels.labeled(val):
             raise UserError(f"checkpoint.best_metric={best!r}: data.val_split={config.data.val_split!r} has no image "
-                            "with a label; choose by 'loss' or 'rankme', or take a part that has labels")
+                            "with a label; use 'loss' or 'rankme', or a part with labels")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
     return evaluator

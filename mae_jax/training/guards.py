@@ -46,8 +46,8 @@ class Guards:
             where = self._record(done - 1, sums)
             raise GuardError(
                 f"{self.in_a_row} steps in a row had a loss or gradients that are not finite, the last one "
-                f"step {done - 1}; their examples are {where}; look into it with: python -m mae_jax.main "
-                f"--mode=replay --workdir={self.run.workdir} --step={done - 1}")
+                f"step {done - 1}; their examples are {where}; inspect it with: mae_jax replay "
+                f"--workdir={self.run.workdir} --step={done - 1}")
         self.seen += self.run.config.batch_size
         self.replaced += int(sums["replaced"])
         if self.seen >= BAD_IMAGES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:

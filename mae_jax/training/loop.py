@@ -103,8 +103,8 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
     watchdog.watch("")
     if state is None:
         if finished := peers.broadcast(ending.finished(folder)):
-            raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
-                            "from; bring its folder checkpoints back, or use another --workdir")
+            raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to "
+                            "continue from; restore its folder checkpoints, or use another --workdir")
         _check_room(run)
         with progress.doing("initializing the model"):
             ahead = functools.partial(evaluator.compile, run.program.state) if evaluation.is_due(run, 0) else None
@@ -289,7 +289,7 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, step: int,
         checkpoints.save(step, state)
         checkpoints.wait()
     if checkpoints.failed:
-        raise UserError(f"the state of step {step} could not be saved: {checkpoints.failed}; mend that and run the "
+        raise UserError(f"the state of step {step} could not be saved: {checkpoints.failed}; correct this and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
     if step < run.timeline.total and not early:
         print_once(f"stopped at step {step} of {run.timeline.total}, state saved; the same command goes on")
@@ -297,7 +297,7 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, step: int,
     workdir_lock.wait_until_verified()
     if jax.process_index() == 0:
         if why := workdir_lock.why_unwritable():
-            raise UserError(f"the end of the run is not on record: {why}")
+            raise UserError(f"the end of the run could not be recorded: {why}")
         ending.mark(run.workdir, step, early)
     why = f" of {run.timeline.total}, early: {early}, train.patience={run.config.train.patience!r}" if early else ""
     print_once(f"finished {step} steps{why}; {run.workdir}")
@@ -329,7 +329,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
     state = checkpoints.restore(run.program.state)
     if state is None:
-        raise UserError(f"{path} holds no checkpoint yet")
+        raise UserError(f"{path} has no checkpoint yet")
     run.program.method.check_extras(state.extras)
     # Later lines are kept: they can belong to a run in progress.
     recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0,

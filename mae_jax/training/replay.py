@@ -37,11 +37,11 @@ def replay(folder: str, step: int) -> int:
     run = prepare(config_for_inspection(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:
-        raise UserError(f"{path} holds no checkpoint yet")
+        raise UserError(f"{path} has no checkpoint yet")
     saved = int(state.step)
     step = saved - 1 if step < 0 else step
     if step > saved:
-        raise UserError(f"--step={step} is not to be had: {path} is at step {saved}")
+        raise UserError(f"--step={step} cannot be replayed: {path} is at step {saved}")
     batch = sharding.to_devices(next(run.inputs.train(step)), run.program.mesh, run.config.batch_size)
     state = state._replace(step=jnp.asarray(step, state.step.dtype))
     key = stream_key(run.config.seed, step, "loss")

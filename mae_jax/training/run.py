@@ -65,8 +65,8 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
         dataset = data.OpenedData(here)
         method = methods.build(here, dataset.info)
     if not for_training and method.extra_encode_fields:
-        raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
-                        "mae_jax export --for-task=vote makes one")
+        raise UserError(f"a run of method.name={config.method.name} has no single encoder; extract one with "
+                        "mae_jax export --for-task=vote")
     spec = method.eval_spec() if for_training else Method.eval_spec(method)
     inputs = dataset.batches(spec, method.patch_order(), method.views() if for_training else (),
                              sharding.local_rows(mesh, config.batch_size))

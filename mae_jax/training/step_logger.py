@@ -73,5 +73,5 @@ class StepLogger:
         """Logs the name of each unreadable image of this process once."""
         for name in dict.fromkeys(self.run.inputs.bad):
             if name not in self.named:
-                logger.warning("replaced a bad image: %s", name)
+                logger.warning("replaced an unreadable image: %s", name)
                 self.named.add(name)

@@ -53,7 +53,7 @@ class TrainStep:
         self.method, self.mesh, config = method, mesh, method.config
         if config.train.accumulate > 1 and method.loss_spans_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
-                            "across the whole batch, which micro-batches would change; use 1")
+                            "across the images of a batch, which micro-batches would change; use 1")
         parts = config.train.accumulate * math.prod(mesh.shape[axis] for axis in ROWS)
         rows, step = config.batch_size // parts, parts * method.group
         if rows % method.group:

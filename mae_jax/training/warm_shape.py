@@ -47,7 +47,7 @@ def with_shape(config: ConfigDict) -> ConfigDict:
         if before.width != config.model.width or before.depth != config.model.depth:
             notes.append(f"all else is what the recipe has for an encoder of width {before.width} and depth "
                          f"{before.depth}, and may name other sizes, as finetune:L")
-        logger.info("init_from %s: model.%s are those of its weights%s", config.init_from, said,
+        logger.info("init_from %s: its weights set model.%s%s", config.init_from, said,
                     "".join(f"; {note}" for note in notes))
     return config.lock()
 
@@ -71,8 +71,8 @@ def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]
         raise UserError(f"init_from={source}: {layouts.strange(flatten(params))}")
     found, notes = of_weights(source, params)
     if heads and "heads" not in found:
-        raise UserError(f"init_from={source} does not say how many heads it has, and no published ViT has its width "
-                        f"{found['width']}; say it with --config.model.heads")
+        raise UserError(f"init_from={source} does not state the number of attention heads, and no published ViT has "
+                        f"its width {found['width']}; set --config.model.heads")
     return found, notes
 
 
@@ -100,8 +100,8 @@ def of_weights(source: str, params: Mapping[str, Any]) -> tuple[dict[str, Any], 
     elif 3 * side * side == rows:
         found["patch"] = (side, side)
     else:
-        raise UserError(f"{source}: its patches have {rows} values, which are those of no square in RGB, and nothing "
-                        "says their size; a recipe may, with --config.model.patch")
+        raise UserError(f"{source}: its patches have {rows} values, which is no square patch in RGB, and their size is "
+                        "not stated; set --config.model.patch")
     if gelu := GELUS.get(str(described_as(said, "hidden_act", "act_layer"))):
         found["gelu"] = gelu
     number, width = described_as(said, "num_attention_heads", "num_heads"), found["width"]
@@ -150,6 +150,6 @@ def check_same(source: str, loaded: Mapping[str, Any], config: ConfigDict) -> No
              if field in found and found[field] != config.model[field]}
     if other:
         theirs = ", ".join(f"model.{field}={value}" for field, value in other.items())
-        raise UserError(f"init_from={source} holds another encoder: {theirs}, where this config has "
-                        f"{', '.join(str(config.model[field]) for field in other)}. A recipe for fine-tuning that is "
-                        "given no size takes that of the file (model.auto)")
+        raise UserError(f"init_from={source} has another encoder: {theirs}, where this config has "
+                        f"{', '.join(str(config.model[field]) for field in other)}. A recipe for fine-tuning without "
+                        "a size uses that of the file (model.auto)")

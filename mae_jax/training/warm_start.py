@@ -70,9 +70,9 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
         allowed.add("encoder/cls_token")  # for detectors without a class token
     strange = [name for name in sorted((there ^ here) - allowed) if name.startswith("encoder/")]
     if strange:
-        hint = "; python -m mae_jax export --for-task=vote cuts one encoder out of a mixture of experts"
-        raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
-                        f"parameters are in one of the two only{hint if '/experts/' in ' '.join(strange) else ''}")
+        hint = "; mae_jax export --for-task=vote extracts one encoder from a mixture of experts"
+        raise UserError(f"init_from={config.init_from} has another encoder: {strange[0]} and {len(strange) - 1} more "
+                        f"parameters are in only one of the two{hint if '/experts/' in ' '.join(strange) else ''}")
     param_tree.common(params, loaded)
     return loaded
 
@@ -89,8 +89,8 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
     for key in MUST_MATCH:
         group, name = key.split(".")
         if theirs[group][name] != ours[group][name]:
-            raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "
-                            f"{ours[group][name]}")
+            raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, but this config "
+                            f"has {ours[group][name]}")
     scale = theirs.model.layer_scale
     if bool(scale) != bool(ours.model.layer_scale) and not (scale == 0 and ours.model.layer_scale == 1):
         raise UserError(f"init_from={ours.init_from} was trained with{'' if scale else 'out'} LayerScale; add "
@@ -108,7 +108,7 @@ def _check_described(config: ConfigDict, fields: Sequence[str]) -> None:
             raise UserError(f"init_from={config.init_from}: its config.json says {there!r} where this config has "
                             f"{name}={config.model[name.split('.')[1]]}")
     if not said:
-        logger.info("init_from %s does not say how many heads it has, which shapes do not show; %d are taken",
+        logger.info("init_from %s does not state the number of attention heads; assumed are the %d of model.heads",
                     config.init_from, config.model.heads)
 
 
@@ -155,12 +155,12 @@ def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
     other = workdir.other_classes(before, classes) if before and classes else ""
     if other:
         kept = config.init_head == "keep"
-        logger.warning("init_from %s: its head is of other classes; %s. %s", config.init_from, other,
-                       "It is taken, as init_head=keep says" if kept else
-                       "A new one is made; --config.init_head=keep takes it")
+        logger.warning("init_from %s: its head has other classes; %s. %s", config.init_from, other,
+                       "It is used, because of init_head=keep" if kept else
+                       "A new head is made; --config.init_head=keep uses it")
         return kept
     if not before or not classes or all(name.isdecimal() for name in classes):
-        logger.info("init_from %s: its head is taken, of as many classes, whose names are not known; "
+        logger.info("init_from %s: its head is used: it has as many classes, whose names are unknown; "
                     "--config.init_head=new makes a new one", config.init_from)
     return True
 
@@ -229,5 +229,5 @@ def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:
         return PatchGrid.of(theirs).shape
     side = math.isqrt(table.shape[0])
     if side * side != table.shape[0]:
-        raise UserError(f"init_from: {table.shape[0]} positions are no square grid, and no config says which it is")
+        raise UserError(f"init_from: {table.shape[0]} positions are not a square grid, and no config states the grid")
     return side, side

@@ -78,7 +78,7 @@ def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
         return config
     config = config.copy_and_resolve_references()
     config.recipe_version = stored.recipe_version
-    logger.info("recipe_version %d, with which the run began; a new run has %d", stored.recipe_version, newest)
+    logger.info("recipe_version %d, that of the start of the run; a new run has %d", stored.recipe_version, newest)
     return config
 
 
@@ -209,7 +209,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     """Returns the stored config of a workdir; raises UserError without one."""
     stored = _stored_config(workdir)
     if stored is None:
-        raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
+        raise UserError(f"{workdir} has no config.json: it is not a workdir of mae_jax")
     return stored
 
 
@@ -222,8 +222,8 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     try:
         stored = bounded_json.parse_object(content)
         if "config" not in stored:
-            raise ValueError(f"it has no 'config', but {', '.join(sorted(stored)[:MAX_LISTED_CLASSES]) or 'nothing'}: "
-                             "perhaps another program's")
+            raise ValueError(f"it has no 'config', but {', '.join(sorted(stored)[:MAX_LISTED_CLASSES]) or 'nothing'}; "
+                             "perhaps it is another program's")
         return _completed(stored["config"], file, workdir, stored.get("plugins", {}))
     except DAMAGED as error:
         raise UserError(unreadable(file, content, error)) from None
@@ -280,7 +280,7 @@ def config_of(source: str) -> ConfigDict | None:
             return None
         config = _completed(bounded_json.parse_object(said["config"]), source, path.parent, recorded)
     except DAMAGED as error:
-        raise UserError(f"{source} is no file of weights, or damaged: {error}") from None
+        raise UserError(f"{source} is not a file of weights, or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     for text in plugins.missing("layouts", layouts.layouts()):
@@ -309,7 +309,7 @@ def classes_of(source: str) -> tuple[str, ...]:
     try:
         return tuple(_texts(bounded_json.parse(_said(file).get("classes", "[]"))))
     except DAMAGED as error:
-        raise UserError(f"{source} is no file of weights, or damaged: {error}") from None
+        raise UserError(f"{source} is not a file of weights, or damaged: {error}") from None
 
 
 def described(source: str) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_another_method_over_a_recipe_is_refused_by_what_differs(recipe, name):
     config = importlib.import_module(f"configs.{recipe}").get_config()
     config.unlock()
     config.method.name = name
-    with pytest.raises(UserError, match=rf"^method\.name='{name}' .*method\.\w+ is of one"):
+    with pytest.raises(UserError, match=rf"^method\.name='{name}' .*method\.\w+ is of only one"):
         validate(config)
 
 
@@ -231,4 +231,4 @@ def test_evaluating_what_is_no_workdir_or_has_no_checkpoint_is_refused(capsys, t
     assert "not a workdir of mae_jax" in capsys.readouterr().err
     workdir.record(epath.Path(tmp_path), tiny_config())
     assert cli.guarded(lambda: loop.evaluate(str(tmp_path))) == 2
-    assert "holds no checkpoint yet" in capsys.readouterr().err
+    assert "has no checkpoint yet" in capsys.readouterr().err

@@ -292,7 +292,7 @@ def test_a_further_test_set_of_other_classes_is_refused(stored):
 
 
 def test_only_tfds_has_further_test_sets():
-    with pytest.raises(UserError, match="needs data.source='tfds'"):
+    with pytest.raises(UserError, match=r"needs data\.source='tfds'"):
         registry.open_test_set(configs.default().data, "imagenet_v2", ("a",))
 
 

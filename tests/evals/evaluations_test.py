@@ -173,9 +173,9 @@ class Lossy(Brightness):
 
 
 @pytest.mark.parametrize(("case", "other", "theirs"), [
-    ("mae", Lossy("loss"), "'held_out_loss' and 'lossy' both give the figure 'loss'"),
-    ("supervised", Lossy("top1"), "'classification' and 'lossy' both give the figure 'top1'"),
-    ("segment", Lossy("own", "pixels"), "'segmentation' and 'lossy' both give the count 'pixels'"),
+    ("mae", Lossy("loss"), "'held_out_loss' and 'lossy' both return the figure 'loss'"),
+    ("supervised", Lossy("top1"), "'classification' and 'lossy' both return the figure 'top1'"),
+    ("segment", Lossy("own", "pixels"), "'segmentation' and 'lossy' both return the count 'pixels'"),
 ])
 def test_two_evaluations_that_give_the_same_name_are_refused_before_the_first_step(monkeypatch, case, other, theirs):
     monkeypatch.setitem(plugins._registered["evaluations"], "lossy", (other, __name__))
@@ -188,13 +188,13 @@ def test_two_evaluations_that_give_the_same_figure_without_saying_so_are_refused
     for each in (Brightness(), Lossy("own")):
         monkeypatch.setitem(plugins._registered["evaluations"], each.name, (each, __name__))
     evaluator, state = evaluated("mae", {})
-    with pytest.raises(UserError, match="'brightness' and 'lossy' both give the figure 'brightness'"):
+    with pytest.raises(UserError, match="'brightness' and 'lossy' both return the figure 'brightness'"):
         evaluator.scalars(state)
 
 
 def test_an_evaluation_of_a_plug_in_has_the_name_by_which_it_is_given(monkeypatch):
     monkeypatch.setitem(plugins._registered["evaluations"], "bright", (Brightness, __name__))
-    with pytest.raises(UserError, match="the evaluation 'bright' of a plug-in calls itself 'brightness'"):
+    with pytest.raises(UserError, match="the evaluation 'bright' of a plug-in has the attribute name='brightness'"):
         evaluators.evaluations()
 
 

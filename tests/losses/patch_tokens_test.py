@@ -88,5 +88,5 @@ def test_a_vocabulary_that_is_too_large_or_hardly_used_is_refused_with_the_figur
             patch_vocabulary.build(few, "kmeans", 3, np.random.default_rng(0))
     alike = patches(1)[[0] * 600]
     alike[:, 0] = np.arange(600) % 2
-    with pytest.raises(UserError, match=r"600 .*method\.vocabulary=100 .*2\.0 tokens"):
+    with pytest.raises(UserError, match=r"600 .*2\.0 tokens.*method\.vocabulary=100"):
         patch_vocabulary.build(alike, "patches", 100, np.random.default_rng(0))

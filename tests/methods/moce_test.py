@@ -215,7 +215,7 @@ def test_upcycling_and_cutting_out_are_inverse():
     ({"model.depth": 1}, "method.blocks='last_two_odd' .* 1 block"),
     ({"method.temperature": 0.0}, "method.temperature=0.0"),
     ({"method.noise": -1.0}, "method.noise and"),
-    ({"method.encoder_mask_tokens": True}, "has no experts")])
+    ({"method.encoder_mask_tokens": True}, "without experts")])
 def test_what_cannot_be_mixed_is_refused(fields, text):
     with pytest.raises(UserError, match=text):
         tiny_config(FIELDS | fields, "moce")

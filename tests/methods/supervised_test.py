@@ -265,7 +265,7 @@ def test_the_data_tells_the_number_of_classes():
     method = Supervised(tiny_supervised({"method.classes": 0}), DataInfo(8, ("a", "b")))
     method.check_data()
     assert method.classes == 2
-    with pytest.raises(UserError, match=r"at least two classes; the data has 1: a folder"):
+    with pytest.raises(UserError, match=r"at least two classes; the data have 1\. A folder"):
         Supervised(tiny_supervised({"method.classes": 0}), DataInfo(8, ("a",))).check_data()
     with pytest.raises(UserError, match=r"method\.classes=3, but the data has 2"):
         Supervised(tiny_supervised(), DataInfo(8, ("a", "b"))).check_data()
@@ -273,7 +273,7 @@ def test_the_data_tells_the_number_of_classes():
 
 def test_images_with_any_number_of_labels_need_a_method_that_learns_them():
     several = DataInfo(8, ("a", "b", "c"), multi_label=True)
-    with pytest.raises(UserError, match=r"the data has 0: .* method\.multi_label"):
+    with pytest.raises(UserError, match=r"the data have 0\. .* method\.multi_label"):
         Supervised(tiny_supervised({"method.classes": 0}), several).check_data()
     config = tiny_supervised({"method.classes": 0, "method.multi_label": True, "method.loss": "bce"})
     method = Supervised(config, several)

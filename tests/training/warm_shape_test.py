@@ -86,7 +86,7 @@ def test_fields_that_are_not_open_stay_and_what_contradicts_the_weights_is_refus
 
 def test_heads_that_nothing_says_are_asked_for(tmp_path):
     source = of_others(tmp_path, to_mae, tiny_config({"model.width": 40}))
-    with pytest.raises(UserError, match=r"how many heads .*width 40; say it with --config\.model\.heads"):
+    with pytest.raises(UserError, match=r"number of attention heads, .*width 40; set --config\.model\.heads"):
         with_shape(open_config(source))
     config = open_config(source, width=40, heads=5, auto=("depth", "width"))
     assert (with_shape(config).model.heads, with_shape(config).model.width) == (5, 40)

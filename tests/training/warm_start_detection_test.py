@@ -59,7 +59,7 @@ def test_an_encoder_with_layer_scales_begins_with_relative_positions_too(tmp_pat
 
 def test_relative_positions_of_a_detector_are_no_part_of_another_encoder(tmp_path):
     source, _ = written(tmp_path, detector())
-    with pytest.raises(UserError, match="holds another encoder: encoder/block_00/attn/rel_pos_h"):
+    with pytest.raises(UserError, match="has another encoder: encoder/block_00/attn/rel_pos_h"):
         started(source, detector({"method.relative_positions": False}))
 
 

@@ -111,7 +111,7 @@ def test_a_head_of_the_same_classes_goes_on(tmp_path):
 ANIMALS, THINGS = ("ant", "bee", "cat"), ("cup", "hat", "key")
 NEW = r"new: 2 \(head/bias, head/kernel\); left over: 2 "
 NONE = r"new: none; left over: none"
-TAKEN, MADE, UNKNOWN = "It is taken", "A new one is made", "names are not known"
+TAKEN, MADE, UNKNOWN = "It is used", "A new head is made", "names are unknown"
 
 
 @pytest.mark.parametrize(("theirs", "ours", "init_head", "report", "told"), [
@@ -266,7 +266,7 @@ def test_what_upernet_adds_to_an_encoder_is_new_and_told_and_changes_nothing_at_
 @pytest.mark.parametrize(("theirs", "ours", "line"), [
     ({}, {**BIASED, "model.layer_scale": 0.1}, "was trained without LayerScale; add --config.model.layer_scale=0"),
     (BIASED, UPERNET, "was trained with LayerScale"),
-    ({**BIASED, "model.layer_scale": 0.0}, UPERNET, "holds another encoder: encoder/block_00/attn/relative_position"),
+    ({**BIASED, "model.layer_scale": 0.0}, UPERNET, "has another encoder: encoder/block_00/attn/relative_position"),
     (UPERNET, {**UPERNET, "method.classes": 4, "init_head": "keep"}, "has shape (3,), but this model needs (4,)")])
 def test_another_function_than_that_of_the_encoder_is_refused(tmp_path, theirs, ours, line):
     source, _ = written(tmp_path, tiny_segment({"model.positions": "learned", **theirs}))

@@ -30,14 +30,14 @@ from mae_jax.storage import paths
 
 REQUIRED = ("to",)
 CONFIG = cli.define_config()
-TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
-FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of images")
-CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of images", lower_bound=2)
-BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
-RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest; it "
-                           "is an error where that cannot be reached",
+TO = flags.DEFINE_string("to", "", "folder to write; for a vocabulary of patches a file *.npz; local or gs://")
+FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it; clusters its images")
+CLUSTERS = flags.DEFINE_integer("clusters", 256, "number of clusters of images", lower_bound=2)
+BLOCK = flags.DEFINE_integer("block", -1, "block whose tokens are the features; -1: the encoder's output")
+RATIO = flags.DEFINE_float("ratio", 3.0, "largest allowed size of a cluster, relative to the smallest one; it is "
+                           "an error if it cannot be reached",
                            lower_bound=1.5)
-SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the first centroids", lower_bound=0)
 MAX_SHOWN_ENTRIES = 1024  # entries in vocabulary.png
 ENTRIES_PER_ROW = 32
 MIN_ENTRY_PIXELS = 16  # least width of an entry
@@ -51,8 +51,8 @@ def main() -> int:
         from mae_jax.commands.cluster.images import cluster
 
         if TO.value.endswith(".npz"):
-            raise UserError(f"--to={TO.value}: clusters of images are a folder; a vocabulary of patches is made "
-                            "without --from")
+            raise UserError(f"--to={TO.value}: clusters of images are a folder; leave out --from for a vocabulary "
+                            "of patches")
         if not math.isfinite(RATIO.value):
             raise UserError(f"--ratio={RATIO.value} must be finite")
         given = (FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value)
@@ -64,8 +64,8 @@ def main() -> int:
         raise UserError("--from=WORKDIR clusters images, --config=RECIPE patches; --help shows examples")
     for flag in (CLUSTERS, BLOCK, RATIO, SEED):
         if flag.present:
-            raise UserError(f"--{flag.name} is of clusters of images, which are made with --from=WORKDIR; for "
-                            "patches see --config.method and --config.seed")
+            raise UserError(f"--{flag.name} is for clusters of images, with --from=WORKDIR; for "
+                            "patches use --config.method and --config.seed")
     return vocabulary()
 
 
@@ -86,13 +86,14 @@ def vocabulary() -> int:
     picture = file.with_suffix(".png")
     for path in (file, picture):
         if path.exists():
-            raise UserError(f"{path} is there already, and runs may read it: name another file, or remove it")
+            raise UserError(f"{path} exists, and runs may read it; name another file, or remove it")
     validate(config)
     if config.method.get("target") not in patch_tokens.KINDS:
         raise UserError(f"method.name={config.method.name!r} with method.target={config.method.get('target')!r} has no "
-                        f"vocabulary; take splitmask or beit, and one of {', '.join(patch_tokens.KINDS)}")
+                        f"vocabulary; use splitmask or beit, and one of {', '.join(patch_tokens.KINDS)}")
     if config.method.vocabulary_file:
-        raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
+        raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is already a vocabulary; leave it "
+                        "empty")
     method, opened = methods.with_data(resolved(config))
     inputs = opened.batches(method.eval_spec(), method.patch_order())
     print(inputs.description, flush=True)

@@ -47,14 +47,15 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     config = workdir.read_config(workdir.of_checkpoint(folder))
     config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":
-        raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
+        raise UserError(f"{source} is a mixture of experts; use the encoder that it started from")
     method, to_folder = Frozen(config, block), paths.locate(to, "--to")
     mesh = sharding.make_mesh(method.config)
     inputs = pictures(method, sharding.local_rows(mesh, config.batch_size))
     if jax.process_index() == 0:
         print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
-        raise UserError(f"--clusters={clusters} of {inputs.num_train} images; take at most {inputs.num_train // 2}")
+        raise UserError(f"--clusters={clusters} is too many for {inputs.num_train} images; use at most "
+                        f"{inputs.num_train // 2}")
     params, extras = split_eval_params(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
@@ -84,7 +85,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         made.meta.update(meta)
         uneven = "" if spherical_kmeans.size_ratio(made.sizes) <= ratio else summary(made)
     if uneven := peers.broadcast(uneven):
-        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many images alike? Take fewer "
+        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Perhaps many images are alike; use fewer "
                         "--clusters, or a larger --ratio; the features stay")
     if jax.process_index() == 0:
         write(made, to_folder, params, config, found[config.data.train_split])

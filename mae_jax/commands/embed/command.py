@@ -21,15 +21,17 @@ from mae_jax.storage import paths
 REQUIRED = ("from", "to")
 CONFIG = cli.define_config()
 FROM = flags.DEFINE_string("from", "", "workdir, one step's folder in it, its best/, an export, or weights of others")
-TO = flags.DEFINE_string("to", "", "the file to write, *.parquet or *.npz, local or gs://")
+TO = flags.DEFINE_string("to", "", "file to write, *.parquet or *.npz; local or gs://")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images; local or gs://")
-SPLIT = flags.DEFINE_string("split", "", "of the run's data or of --config: which split; '': all that the config names")
-FEATURES = flags.DEFINE_string("features", "pool", "pool (as model.pool says), cls (the class token), mean (of the "
-                               "patch tokens), patches (their map) or tokens (all)")
-BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
-BATCH = flags.DEFINE_integer("batch_size", 0, "images at a time, over all devices; 0: 32 on each CPU, 128 on each "
+SPLIT = flags.DEFINE_string("split", "", "split of the run's data, or of those of --config; '': all splits of the "
+                                         "config")
+FEATURES = flags.DEFINE_string("features", "pool", "pool (see model.pool), cls (the class token), mean (of the patch "
+                               "tokens), patches (their map) or tokens (all)")
+BLOCK = flags.DEFINE_integer("block", -1, "block whose tokens are the features; -1: the encoder's output")
+BATCH = flags.DEFINE_integer("batch_size", 0, "images per batch, over all devices; 0: 32 on each CPU, 128 on each "
                              "accelerator", lower_bound=0)
-HEADS = flags.DEFINE_integer("heads", 0, "of attention, where weights of others do not say how many", lower_bound=0)
+HEADS = flags.DEFINE_integer("heads", 0, "number of attention heads, if weights of others do not state "
+                                         "it", lower_bound=0)
 
 
 def main() -> int:

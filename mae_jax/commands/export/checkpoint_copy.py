@@ -49,7 +49,7 @@ def copy(source: epath.Path, to: epath.Path) -> str:
         _copy(folder, target)
     if not _same(target, record):
         _remove(target)
-        raise UserError(f"{target} came out damaged and was removed again; run the same command once more")
+        raise UserError(f"{target} was damaged while it was written, and removed; run the same command again")
     return f"{target}: {_size(record)}, verified"
 
 
@@ -102,7 +102,7 @@ def _copy(folder: epath.Path, target: epath.Path) -> None:
             paths.make_folder((place / name).parent)
             content = paths.read_bytes(folder / name)
             if content is None:
-                raise UserError(f"{folder / name} is no longer there; is a run deleting its old checkpoints?")
+                raise UserError(f"{folder / name} no longer exists; perhaps a run deletes its old checkpoints")
             paths.replace_bytes(place / name, content)
     paths.replace_text(place / step_dirs.MARK, "copied\n")
     if local:

@@ -8,8 +8,9 @@ r"""Exports a run for other libraries: a complete folder, read back and compared
 transformers reads --layout=hf (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or
 ViTModel), and timm reads --layout=timm (encoder and classifier). --layout=mae has the names of the published MAE code,
 --layout=upernet those of mmsegmentation, --layout=detectron2 those of Detectron2; --layout=stablehlo is a program of
-jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. With mae_jax (the
-default), timm and mae, a --to that ends in .safetensors is a file of the weights alone. The batch norm of a probe is
+jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. A --to
+that ends in .safetensors is a file of the weights alone (with mae_jax, the default, timm, mae, upernet and detectron2),
+and so is one that ends in .pth (mae, upernet and detectron2). The batch norm of a probe is
 folded into its head.
 
   mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
@@ -32,13 +33,13 @@ from mae_jax.interop.layouts import OURS, layouts
 
 REQUIRED = ("from", "to")
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
-TO = flags.DEFINE_string("to", "", "the folder to write, local or gs://, whose other files stay; or a file "
-                         "of weights alone, *.safetensors, with --layout=mae also *.pth, which is replaced")
+TO = flags.DEFINE_string("to", "", "folder to write, local or gs://, whose other files stay; or a file of "
+                         "weights alone, *.safetensors or *.pth, which is replaced")
 CONFIG = cli.define_config()
-FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
-SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random", lower_bound=0)
-CLUSTERS = flags.DEFINE_string("clusters", "", "of --for-task: the folder of clusters, where it was moved")
-LAYOUT = flags.DEFINE_string("layout", OURS, f"whose names the arrays have: {', '.join(layouts())}")
+FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "path of a mixture of experts to extract")
+SEED = flags.DEFINE_integer("seed", 0, "seed of --for-task=random", lower_bound=0)
+CLUSTERS = flags.DEFINE_string("clusters", "", "folder of clusters for --for-task, if it was moved")
+LAYOUT = flags.DEFINE_string("layout", OURS, f"layout of the weights: {', '.join(layouts())}")
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
         labels.
     """
     if config.method.name != "moce" or config.method.gate != "cluster":
-        raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
+        raise UserError("--for-task needs a run of method.name=moce with method.gate=cluster")
     config = config.copy_and_resolve_references()
     config.method.clusters = clusters or config.method.clusters
     found = Clusters.read(config.method.clusters)
@@ -82,7 +82,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
     if how == "random":
         others = sorted(set(of_cluster) - {chosen})
         if not others:
-            raise UserError(f"--for-task=random: all clusters take the path {name(chosen)}; there is no other")
+            raise UserError(f"--for-task=random: all clusters use the path {name(chosen)}; there is no other")
         chosen = others[np.random.default_rng(seed).integers(len(others))]
         report.append(f"path {name(chosen)}: drawn at random")
     if how == "probe":

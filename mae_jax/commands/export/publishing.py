@@ -140,4 +140,4 @@ def _move(file: Path, path: epath.Path) -> None:
     paths.replace_bytes(path, content)
     if paths.read_bytes(path) != content:
         path.unlink(missing_ok=True)
-        raise UserError(f"{path} came out damaged and was removed again; run the same command once more")
+        raise UserError(f"{path} was damaged while it was written, and removed; run the same command again")

@@ -33,7 +33,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     """
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
-            raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
+            raise UserError(f"--{flag} is read with --for-task only; leave it out")
     target, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
     origin = workdir.of_checkpoint(folder)
     config = workdir.read_config(origin)  # its plug-ins may add layouts
@@ -70,7 +70,7 @@ def check_destination(target: epath.Path, to: str, layout: str, chosen: layouts.
     """Returns whether --to is a file of weights, not a folder; raises UserError for a file that no layout writes."""
     if target.suffix in chosen.files:
         if target.is_dir():
-            raise UserError(f"--to={to} is the name of a file; and there is a folder of this name")
+            raise UserError(f"--to={to} names a file, but a folder has this name")
         return True
     near = difflib.get_close_matches(target.suffix, [".safetensors"])
     if target.suffix in FILES or near:

@@ -35,12 +35,13 @@ REQUIRED = ("config",)
 CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "figure of the grid (default: inspect.png); with --write, the folder to write; "
                                    "local or gs://")
-WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
-SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at "
-                            "most", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches", lower_bound=1)
-WANTED = flags.DEFINE_float("images_per_second", 0.0, "that the devices take, as mae_jax bench or mae_jax plan says: "
-                            "tells how many cores feed them", lower_bound=0.0)
+WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data as this, instead of "
+                                                                                  "drawing them")
+SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: longest short side of images, in "
+                            "pixels", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: number of batches", lower_bound=1)
+WANTED = flags.DEFINE_float("images_per_second", 0.0, "rate of the devices, by mae_jax bench or mae_jax plan; prints "
+                                                      "the number of cores that it needs", lower_bound=0.0)
 
 MAX_LISTED_CLASSES = 20
 

@@ -28,14 +28,15 @@ CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice or GPUs to compile for, as v3:8x8, v5p-128 or h200:8")
 DEVICES = flags.DEFINE_integer("devices", 0, "simulated devices to compile for instead")
 SWEEP = flags.DEFINE_string("sweep", "", "fields and values to compare: 'batch_size=2048,4096;model.remat=none,full'")
-BEST = flags.DEFINE_integer("best", 3, "combinations of a sweep that are compiled without loops, for a time",
+BEST = flags.DEFINE_integer("best", 3, "number of combinations of a sweep that are compiled without loops, for a time",
                              lower_bound=0)
-EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "training examples, for the hours (ImageNet-1K's by default)",
+EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "number of training examples, for the hours; default: "
+                                                       "ImageNet-1K's",
                                  lower_bound=1)
-PRICE = flags.DEFINE_float("price", None, "of one device for an hour, in any currency, for the cost of the recipe; on "
-                           "v2, v3 and 7x a device is half a chip", lower_bound=0)
+PRICE = flags.DEFINE_float("price", None, "price of one device for an hour, in any currency; on v2, v3 and 7x a "
+                           "device is half a chip", lower_bound=0)
 JSON = flags.DEFINE_string("json", "", "JSON file to write the same figures to")
-CACHE = flags.DEFINE_string("cache", "~/.cache/mae_jax/plan", "folder of what was compiled before; '' for none")
+CACHE = flags.DEFINE_string("cache", "~/.cache/mae_jax/plan", "folder of compiled programs; '': none")
 
 
 def main() -> int:

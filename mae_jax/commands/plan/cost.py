@@ -60,7 +60,7 @@ def target(topology: str, simulated: int, slices: int = 1) -> Target:
     """
     if found := gpu.parse(topology):
         if slices > 1:
-            raise UserError(f"mesh.slices={slices}: GPUs are planned for one host; several slices are of TPUs")
+            raise UserError(f"mesh.slices={slices}: GPUs are planned for one host; only TPUs have slices")
         return Target(topology, gpu.devices(topology), found[0])
     if topology:
         if re.split("[:-]", topology)[0] not in tpu.GENERATIONS:
@@ -306,5 +306,5 @@ def _why_no_time(target: Target, found: dict[str, Any]) -> str:
 def simulate(count: int) -> None:
     """Configures `count` simulated CPU devices, before JAX initializes its own; raises UserError for count < 1."""
     if count < 1:
-        raise UserError(f"--devices={count}; write how many devices to simulate, as --devices=8")
+        raise UserError(f"--devices={count}; write the number of devices to simulate, as --devices=8")
     jax.config.update("jax_num_cpu_devices", count)

@@ -91,7 +91,7 @@ def parse(name: str) -> tuple[Card, int] | None:
     if kind not in CARDS:
         return None
     if colon and not re.fullmatch(f"[1-{MOST}]", count):
-        raise UserError(f"topology {name!r}: write how many GPUs of one host, 1 to {MOST}, as {kind}:{MOST}")
+        raise UserError(f"topology {name!r}: write the number of GPUs of one host, 1 to {MOST}, as {kind}:{MOST}")
     return CARDS[kind], int(count or 1)
 
 
@@ -114,8 +114,8 @@ def devices(name: str) -> list[Any]:
             return list(topologies.get_topology_desc(
                 platform="cuda", target_config=target_config(card), topology=f"1x1x{count}").devices)
     except (RuntimeError, NotImplementedError) as error:  # a plug-in of another version than JAX
-        raise UserError(f"JAX's CUDA plugin refuses the topology {name!r}: {str(error).splitlines()[0]}; its version "
-                        "must be JAX's: pip install 'mae_jax[plan-gpu]'") from None
+        raise UserError(f"JAX's CUDA plugin refuses the topology {name!r}: {str(error).splitlines()[0]}; it must "
+                        "have the version of JAX; run: pip install 'mae_jax[plan-gpu]'") from None
 
 
 def target_config(card: Card) -> str:

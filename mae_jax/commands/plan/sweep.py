@@ -113,7 +113,7 @@ def table(result: dict[str, Any], price: float | None = None) -> str:
              for row in rows]
     best = next((row for row in result["cells"] if row["values"] == result["recommended"]), None)
     if any(not row.get("estimated_step_seconds") for row in result["cells"]):
-        lines.append("* loops counted once, where layers are in one: it ranks cells of equal depth only")
+        lines.append("* layers in a loop are counted once: it ranks cells of equal depth only")
     if not best:
         return "\n".join(["none: nothing fits", "", *lines])
     take = " ".join(f"--config.{name}={value}" for name, value in best["values"].items())

@@ -130,7 +130,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
                         f"{chip.most}")
     if any(size % 2 for size in shape[:2]) and f"{generation}:{sizes}" not in types().values():  # 1x1 is a chip alone
         even = "x".join(str(size + size % 2) if i < 2 else str(size) for i, size in enumerate(shape))
-        raise UserError(f"topology {name!r}: a host has 2x2 chips, so that the first two sizes are even; nearest: "
+        raise UserError(f"topology {name!r}: a host has 2x2 chips, so the first two sizes must be even; nearest: "
                         f"{generation}:{even}")
     return chip, shape
 

@@ -24,22 +24,23 @@ from mae_jax.storage import paths
 REQUIRED = ("from", "to")
 CONFIG = cli.define_config()
 FROM = flags.DEFINE_string("from", "", "workdir, one step's folder in it, its best/, an export, or weights of others")
-TO = flags.DEFINE_string("to", "", "the file to write, *.csv or *.json; of a segmentation or detector a folder; local "
-                         "or gs://")
+TO = flags.DEFINE_string("to", "", "file to write, *.csv or *.json; for a segmentation a folder, for a detector a "
+                                   "folder or *.json; local or gs://")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images; local or gs://")
-SPLIT = flags.DEFINE_string("split", "", "of the run's data or of --config: which split; '': the evaluation split, or "
-                            "without one the training split")
-TOP_K = flags.DEFINE_integer("top_k", 5, "classes of each image", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch_size", 0, "images at a time, over all devices; 0: 32 on each CPU, 128 on each "
+SPLIT = flags.DEFINE_string("split", "", "split of the run's data, or of those of --config; '': the evaluation split, "
+                                         "or without one the training split")
+TOP_K = flags.DEFINE_integer("top_k", 5, "number of classes that are written for each image", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 0, "images per batch, over all devices; 0: 32 on each CPU, 128 on each "
                              "accelerator", lower_bound=0)
-HEADS = flags.DEFINE_integer("heads", 0, "of attention, where weights of others do not say how many", lower_bound=0)
+HEADS = flags.DEFINE_integer("heads", 0, "number of attention heads, if weights of others do not state "
+                                         "it", lower_bound=0)
 
 
 def main() -> int:
     from mae_jax.errors import UserError
 
     if launch.here():
-        raise UserError("predictions are made by one process, on all of its devices; say --coordinator=off")
+        raise UserError("predictions are made by one process, on all of its devices; use --coordinator=off")
     return predict()
 
 

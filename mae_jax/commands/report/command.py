@@ -18,15 +18,15 @@ from mae_jax.commands import cli
 
 REQUIRED = ("to",)
 CONFIG = cli.define_config()
-FROM = flags.DEFINE_multi_string("from", [], "workdir; several times for several runs. With --images also an export, "
-                                 "or weights of others")
-TO = flags.DEFINE_string("to", "", "the page to write, *.html, local or gs://")
-EMBEDDINGS = flags.DEFINE_string("embeddings", "", "features that mae_jax embed wrote, *.parquet or *.npz: adds "
-                                 "the map")
+FROM = flags.DEFINE_multi_string("from", [], "workdir; may be repeated for several runs. With --images also an "
+                                 "export, or weights of others")
+TO = flags.DEFINE_string("to", "", "page to write, *.html; local or gs://")
+EMBEDDINGS = flags.DEFINE_string("embeddings", "", "features of mae_jax embed, *.parquet or *.npz, for the map")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images to embed first, by --from")
-MOST = flags.DEFINE_integer("max_images", 10_000, "images on the map; of more, as many, evenly spread", lower_bound=1,
+MOST = flags.DEFINE_integer("max_images", 10_000, "largest number of images on the map; of more, evenly spread ones "
+                                                  "are shown", lower_bound=1,
                             upper_bound=30_000)
-TSNE = flags.DEFINE_integer("tsne_images", 3_000, "images of these that t-SNE is computed of; 0: no t-SNE",
+TSNE = flags.DEFINE_integer("tsne_images", 3_000, "largest number of these that t-SNE is computed of; 0: no t-SNE",
                             lower_bound=0, upper_bound=30_000)
 
 

@@ -20,7 +20,7 @@ def check(features: np.ndarray) -> None:
     """Raises UserError if features, float [n, D], are not all finite."""
     bad = int((~np.isfinite(features).all(1)).sum())
     if bad:
-        raise UserError(f"the features of {pluralize(bad, 'image')} are not finite: no map can be drawn of them")
+        raise UserError(f"the features of {pluralize(bad, 'image')} are not finite; no map can be drawn")
 
 
 def pca(features: np.ndarray) -> tuple[np.ndarray, float]:

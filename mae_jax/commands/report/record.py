@@ -68,7 +68,7 @@ def names_of(folders: list[str]) -> list[str]:
     length = next((n for n in range(1, max(map(len, parts), default=0) + 2)
                    if len({tuple(each[-n:]) for each in parts}) == len(parts)), None)
     if length is None:
-        raise UserError("--from names one run twice; give each once")
+        raise UserError("--from names a run twice; give each once")
     return [printable("/".join(each[-length:])) for each in parts]
 
 
@@ -128,7 +128,7 @@ def troubles(record: Record) -> list[str]:
     found, series = [], record.series
     if any(value > 0 for _, value in series.get("train/replaced", ())):
         values = [value / record.config.batch_size for _, value in series["train/replaced"]]
-        found.append(f"{sum(values) / len(values):.3%} of the images to train on could not be read; others stood in")
+        found.append(f"{sum(values) / len(values):.3%} of the images to train on could not be read, and were replaced")
     for name, what in (("train/bad_steps", "with a loss or gradients that are not finite"),
                        ("train/spikes", "that stand out by a spike (guard.spike)")):
         if steps := [step for step, value in series.get(name, ()) if value > 0]:

@@ -25,12 +25,12 @@ def write(folders: list[str], to: str, embeddings: str, images: str, config: Con
         raise UserError("--from or --embeddings must be given; --help shows an example")
     embeds = bool(images) or config is not None
     if embeds and embeddings:
-        raise UserError("--embeddings are there already; --images and --config are embedded first: give one of them")
+        raise UserError("give either --embeddings, or --images or --config, which are embedded first")
     if embeds and len(folders) != 1:
         raise UserError(f"--images and --config are embedded by one encoder; give one --from, not {len(folders)}")
     weights = [folder for folder in folders if weight_files.file_of(paths.locate(folder, "--from"))]
     if weights and not (embeds or embeddings):
-        raise UserError(f"--from={weights[0]} is weights, no run; --images=FOLDER shows what they see in images")
+        raise UserError(f"--from={weights[0]} is a file of weights, not a run; add --images=FOLDER to map images by it")
     runs = [folder for folder in folders if folder not in weights]  # weights appear in the map only
     records = [record.read(folder, name) for folder, name in zip(runs, record.names_of(runs), strict=True)]
     if target.is_dir():

@@ -35,13 +35,13 @@ from mae_jax.commands import cli
 
 REQUIRED = ("config", "from", "to")
 CONFIG = cli.define_config()
-FROM = flags.DEFINE_string("from", "", "the encoder: a workdir, one step's folder in it, or an exported *.safetensors")
+FROM = flags.DEFINE_string("from", "", "the encoder: a workdir, one step's folder in it, or an export of mae_jax")
 TO = flags.DEFINE_string("to", "", "folder of the cells and of results.json, results.md and transfer.png")
 NAMES = flags.DEFINE_list("names", [], "data sets, as arguments of the recipe: cifar10,dtd; coco=/data/coco")
 PROTOCOLS = flags.DEFINE_list("protocols", [], "arguments of the recipe: finetune,linear; quick: no training; "
                               "recipes of their own: detect, upernet:ibot, segment")
-BLOCKS = flags.DEFINE_list("blocks", [], "how many of the last blocks to fine-tune: 0,0.5,1,2,4,all")
-LRS = flags.DEFINE_list("lrs", [], "learning rates (optim.lr) to choose from on a part of the training data")
+BLOCKS = flags.DEFINE_list("blocks", [], "numbers of the last blocks to fine-tune: 0,0.5,1,2,4,all")
+LRS = flags.DEFINE_list("lrs", [], "learning rates (optim.lr) to select from, on a part of the training data")
 
 
 def main() -> int:

@@ -130,7 +130,7 @@ def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[st
         cells += [Cell(data, protocol, number) for number in (blocks if blocks and not frozen else [""])]
     folders = [cell.folder for cell in dict.fromkeys(cells)]
     for twice in {folder for folder in folders if folders.count(folder) > 1}:
-        raise UserError(f"--names: two of them would be {twice} under --to; give one of these folders another name")
+        raise UserError(f"--names: two of them would be {twice} under --to; rename one of these folders")
     return list(dict.fromkeys(cells)), rows
 
 

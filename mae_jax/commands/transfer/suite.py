@@ -21,7 +21,7 @@ def rates(texts: list[str]) -> list[float]:
     try:
         return [float(text) for text in texts]
     except ValueError:
-        raise UserError(f"--lrs={','.join(texts)}: no list of numbers; write for example 1e-4,3e-4,1e-3") from None
+        raise UserError(f"--lrs={','.join(texts)}: expected numbers, such as 1e-4,3e-4,1e-3") from None
 
 
 def encoder_config(source: str) -> ConfigDict:
@@ -30,8 +30,8 @@ def encoder_config(source: str) -> ConfigDict:
 
     config = workdir.config_of(source)
     if config is None:
-        raise UserError(f"{source} does not say what model it holds; give a workdir, a step's folder in it, or a file "
-                        "that mae_jax export wrote")
+        raise UserError(f"{source} does not state its model; expected a workdir, a step's folder in it, or an export "
+                        "of mae_jax")
     return config
 
 
@@ -50,7 +50,7 @@ class Suite:
         self.source = str(step_dirs.newest(found))
         self.to = paths.locate_checkpoints(to, "--to")
         if self.to.exists() and not self.to.is_dir():
-            raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
+            raise UserError(f"--to={to} is a file; expected a folder for the cells")
 
     def check(self, cells: list[Cell]) -> None:
         """Raises UserError for the first cell or learning rate whose config is invalid, independent of the data."""

@@ -49,10 +49,10 @@ def test_it_writes_the_vocabulary_that_a_run_builds_and_a_picture_of_it(written,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "line"), [
-    ([f"{RECIPE[:9]}configs/vit_b_mae.py:runlocal", "--to=v.npz"], "has no vocabulary; take splitmask or beit"),
+    ([f"{RECIPE[:9]}configs/vit_b_mae.py:runlocal", "--to=v.npz"], "has no vocabulary; use splitmask or beit"),
     ([RECIPE, "--to=v.txt"], "the file's name must end in .npz"),
-    ([RECIPE, "--clusters=5", "--to=v.npz"], "--clusters is of clusters of images, which are made with --from"),
-    (["--from=nowhere", "--to=v.npz"], "clusters of images are a folder"),
+    ([RECIPE, "--clusters=5", "--to=v.npz"], "--clusters is for clusters of images, with --from"),
+    (["--from=nowhere", "--to=v.npz"], "clusters of images are a folder; leave out --from"),
     ([RECIPE, "--config.method.vocabulary=100000", "--to=v.npz"], "use at most")])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, line, tmp_path):
     done = cluster(*flags[:-1], f"--to={tmp_path / flags[-1].removeprefix('--to=')}")
@@ -76,7 +76,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, there):
     (tmp_path / there).write_bytes(b"mine")
     done = cluster(RECIPE, f"--to={tmp_path}/v.npz")
     assert done.returncode == 2
-    assert f"{tmp_path / there} is there already" in done.stderr
+    assert f"{tmp_path / there} exists" in done.stderr
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(there, b"mine")]
 
 

@@ -159,7 +159,7 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
 @pytest.mark.parametrize(("name", "layout", "words"), [
     ("x.pth", "mae_jax", r"x\.pth: .*\.safetensors"), ("x.bin", "hf", r"x\.bin: .*writes a folder"),
     ("x.pt", "timm", r"x\.pt: .*\.safetensors"), ("x.safetensors", "hf", "--layout=hf writes a folder"),
-    ("folder.safetensors", "mae_jax", "there is a folder")])
+    ("folder.safetensors", "mae_jax", "a folder has this name")])
 def test_a_name_that_is_not_of_what_is_written_is_refused(run, tmp_path, name, layout, words):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UserError, match=words):

@@ -32,7 +32,7 @@ def test_help_exits_0_and_shows_a_command_that_works():
     (["--topology=v9:8x8"], "unknown topology 'v9:8x8'; known: 7x, a100-40, a100-80, h100, h200, l4, v2, v3, v4, "),
     (["--topology=h20:8"], "unknown topology 'h20:8'; did you mean 'h200'? "),
     (["--devices=8", "--sweep=batch_sise=8"], "--sweep: unknown config field 'batch_sise'; did you mean 'batch_size'?"),
-    (["--topology=h200:9"], "topology 'h200:9': write how many GPUs of one host, 1 to 8, as h200:8"),
+    (["--topology=h200:9"], "topology 'h200:9': write the number of GPUs of one host, 1 to 8, as h200:8"),
     (["--devices=3"], "batch_size=16 in 1 micro-batches does not divide over 3 devices; nearest: 15 and 18"),
 ])
 def test_a_mistake_ends_with_one_line_and_2(arguments, line):

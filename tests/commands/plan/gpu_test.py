@@ -54,7 +54,7 @@ def test_what_names_no_card_is_for_others_to_read():
 
 @pytest.mark.parametrize("name", ["h200:9", "h200:0", "h200:", "h200:2x2", "a100-80:16"])
 def test_more_than_a_host_holds_is_refused(name):
-    with pytest.raises(UserError, match=r"how many GPUs of one host, 1 to 8, as \w+(-80)?:8$"):
+    with pytest.raises(UserError, match=r"number of GPUs of one host, 1 to 8, as \w+(-80)?:8$"):
         gpu.parse(name)
 
 

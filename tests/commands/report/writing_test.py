@@ -166,10 +166,10 @@ def test_of_weights_that_made_the_features_the_map_alone_is_shown(tmp_path):
 @pytest.mark.parametrize(("flags", "said"), [
     ({"folders": ["nowhere"]}, "not a workdir"), ({"to": "r.pdf"}, ".html"),
     ({"folders": []}, "--from or --embeddings"),
-    ({"folders": ["{run}", "{run}"]}, "one run twice"), ({"embeddings": "none.parquet"}, "none.parquet"),
-    ({"embeddings": "{run}/metrics.jsonl"}, "metrics.jsonl"), ({"images": "a", "embeddings": "b"}, "give one of them"),
+    ({"folders": ["{run}", "{run}"]}, "a run twice"), ({"embeddings": "none.parquet"}, "none.parquet"),
+    ({"embeddings": "{run}/metrics.jsonl"}, "metrics.jsonl"), ({"images": "a", "embeddings": "b"}, "give either --embeddings"),
     ({"folders": ["{run}", "b"], "images": "a"}, "one --from, not 2"),
-    ({"folders": ["{run}/hub"]}, "run/hub is weights, no run")])
+    ({"folders": ["{run}/hub"]}, "run/hub is a file of weights, not a run")])
 def test_a_mistake_is_one_line(tmp_path, flags, said):
     store_weights(store(tmp_path / "run") / "hub")
     given = {"folders": ["{run}"], "to": "r.html", "embeddings": "", "images": "", "config": None, "most": 10,

@@ -190,7 +190,8 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
     write(tmp_path, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "spare/b.png", "c.png", ".hidden.png")
     (tmp_path / "train" / "cat" / "notes.TXT").touch()
     (tmp_path / "train" / "raw").touch()
-    told = ["2 files not read, because the extension is not that of an image (.txt 1, none 1), such as train/cat/notes.TXT"]
+    told = ["2 files not read, because the extension is not that of an image (.txt 1, none 1), "
+            "such as train/cat/notes.TXT"]
     assert unread(tmp_path, "train", "test") == [
         "2 images in no split of the config, such as spare/b.png", *told]
     assert unread(tmp_path, "train[:50%]")[0] == "3 images in no split of the config, such as spare/b.png"
@@ -202,7 +203,8 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("files", "path", "text"), [
-    ((), "nowhere", "is not a folder"), ((), "", "is empty"), (("a.txt", "b.md"), "", r"2 other files, such as a\.txt")])
+    ((), "nowhere", "is not a folder"), ((), "", "is empty"),
+    (("a.txt", "b.md"), "", r"2 other files, such as a\.txt")])
 def test_a_folder_without_pictures_says_what_is_there(tmp_path, files, path, text):
     write(tmp_path, *files)
     with pytest.raises(UserError, match=text):

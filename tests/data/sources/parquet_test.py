@@ -227,7 +227,8 @@ def test_a_pattern_over_several_splits_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("values", "says"), [
     ([0.5, 1.0], r"column 'kind' are double, such as 0\.5|are float64, such as 0\.5"),
-    (pa.array([2**64 - 1, 1], pa.uint64()), "18446744073709551615 is not a class number"), ([float("inf"), 1.0], "inf")])
+    (pa.array([2**64 - 1, 1], pa.uint64()), "18446744073709551615 is not a class number"),
+    ([float("inf"), 1.0], "inf")])
 def test_numbers_of_no_class_are_refused(tmp_path, values, says):
     write(tmp_path / "a.parquet", range(2), kind=IMAGE, meta={}, kinds=pa.array(values))
     with pytest.raises(UserError, match=says.replace("'kind'", "'kinds'")):
