@@ -23,7 +23,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PREDICTED = RESULTS / "gpu_step_predicted.json"
-BATCHES = {"B": [512, 256], "L": [256, 128]}  # that of the planner's, and a neighbour
+BATCHES = {"B": [512, 256], "L": [256, 128]}  # that of the planner, and a neighboring one
 CARDS = ("h200:1", "h100:1")
 STEPS = 3  # before and after the save
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--size", default="B")
-    parser.add_argument("--batches", type=int, nargs="+", help="default: the planner's, and a neighbour")
+    parser.add_argument("--batches", type=int, nargs="+", help="default: the planner's, and a neighboring one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", nargs="*", default=["hf_eager", "hf_compile"])
     parser.add_argument("--resume", action="store_true", help="the deterministic resume alone; prints JSON")

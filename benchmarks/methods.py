@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    # The optimiser's work grows with the experts and not with the batch, so that they are measured apart.
+    # The optimizer's work grows with the experts and not with the batch, so that they are measured apart.
     parser.add_argument("--experts", type=int, help="MoCE of so many, in place of the other methods")
     options = parser.parse_args()
     mixture = f"MoCE, {options.experts} experts"

@@ -24,7 +24,7 @@ CLUSTERS, RATIO = (16, 64), 3.0
 
 
 def measured(source: str, clusters: int) -> dict[str, Any]:
-    """Clusters the pictures of a workdir in a temporary folder, and returns what came of it."""
+    """Clusters the images of a workdir in a temporary folder, and returns what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         cluster(source, folder, clusters, -1, RATIO, 0, None)
         found = Clusters.read(folder)
@@ -35,7 +35,7 @@ def measured(source: str, clusters: int) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Returns the Markdown."""
-    out = ["| data | clusters | pictures | smallest | largest | largest / smallest | similarity | of k-means | share |",
+    out = ["| data | clusters | images | smallest | largest | largest / smallest | similarity | of k-means | share |",
            "|---" * 9 + "|"]
     out += [f"| {line['data']} | {line['clusters']} | {line['pictures']} | {line['smallest']} | {line['largest']} | "
             f"{line['largest'] / line['smallest']:.2f} | {line['similarity']:.3f} | {line['of k-means']:.3f} | "

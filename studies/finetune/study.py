@@ -28,7 +28,7 @@ from cells import Cell, by_seed, matches, read
 from verdicts import Comparison, judge
 from verdicts import table as verdict_table
 
-LABELS = {"10": "", "50": "labels50", "150": "all"}  # labelled crops per photograph → argument of the recipe
+LABELS = {"10": "", "50": "labels50", "150": "all"}  # labeled crops per photograph → argument of the recipe
 ARMS = ("finetuned", "scratch")
 LRS = (4e-3, 2e-2, 1e-1)
 PROBE_LRS = (3.6e-2, 1.1e-1, 3.3e-1)

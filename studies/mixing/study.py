@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +42,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.commands.bench.timed_step import TimedStep
-from mae_jax.config import default
 from mae_jax.data.sources import clipart as sources_clipart
 from mae_jax.errors import UserError
 from mae_jax.evals import attention_maps
@@ -51,95 +50,20 @@ from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, workdir
 from mae_jax.training import run as training_run
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
+sys.path.insert(0, str(Path(__file__).parent))  # of arms.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
 import cells as shared
+from arms import ABLATIONS, ARMS, BATCH, LONGER, SETS, SIZES, Size, dense, finetuning, pretraining
 from cells import Cell, matches, text
 from verdicts import Comparison, judge
 from verdicts import table as verdict_table
 
 RESULTS = Path(__file__).parent
-BATCH, SEEDS = 64, tuple(range(8))
-DRAWINGS = 1231  # of clip art's training split
-NAIVE = {"attention": "all", "contrast_weight": 0.0, "segments": False}
-ARMS: dict[str, dict[str, Any] | None] = {"mae": None, "naive": NAIVE, "mixedae": {}}  # fields of MixedAE; None: MAE
-LONGER = "mae, longer"
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "oracle": {"attention": "oracle"}, "no segments": {"segments": False}, "r = 0.5": {"ratio": 0.5},
-    "first half": {"blocks": "first_half"}, "last half": {"blocks": "last_half"}}
-HELD = 10  # percent of the training split, which choose
 PURE = 0.35  # what purity should reach, r = 0.25; our choice
 WAYS = {  # way to judge → kind of cell, its figure, the smallest difference that matters (our choice)
     "linear probe": ("pretrained", "probe", 0.02), "k-NN": ("pretrained", "knn", 0.02),
     "fine-tuned": ("tuned", "test", 0.02), "mIoU": ("dense", "miou", 0.01), "attention IoU": ("dense", "iou", 0.05)}
-TUNED, TUNED_BATCH, LRS = 400, 32, (1.2e-2, 2.4e-2, 4.8e-2)  # steps of fine-tuning, and rates of batches of 256
-
-
-class Set(NamedTuple):
-    """A data set and the encoder for it."""
-
-    side: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-
-
-class Size(NamedTuple):
-    """How much is trained."""
-
-    images: int  # shown in pre-training
-    dense: int  # epochs of the dense probe
-    seeds: tuple[int, ...] = SEEDS
-
-
-SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 96, 6, 3)}
-SIZES = {"cpu": Size(60_000, 5), "gpu": Size(100_000, 10)}
-
-
-def common(config: ConfigDict, cell: Cell, clipart: str, steps: int) -> ConfigDict:
-    """Sets data, encoder and duration."""
-    about = SETS[cell["set"]]
-    config.seed, config.batch_size = cell["seed"], BATCH
-    config.data.update(source=cell["set"], path=clipart if cell["set"] == "clipart" else "", crop_scale=(0.4, 1.0),
-                       image_size=(about.side, about.side))
-    config.model.update(width=about.width, depth=about.depth, heads=about.heads, patch=(about.patch,) * 2, pool="mean")
-    config.eval.update(crop_ratio=(1.0,), attention_query="mean", every=f"{steps} steps")
-    config.checkpoint.every = f"{steps} steps"
-    config.log.update(every="25 steps", tensorboard=False)
-    config.train.duration, config.optim.warmup = f"{steps} steps", f"{max(1, steps // 20)} steps"
-    return config
-
-
-def pretraining(cell: Cell, clipart: str, size: Size) -> ConfigDict:
-    """Returns the config of a pre-training; evaluations come before the first step, half-way and after the last."""
-    arm = cell["arm"]
-    fields = (ARMS | ABLATIONS | {LONGER: None})[arm]
-    config = default("mae" if fields is None else "mixedae")
-    common(config, cell, clipart, cell.get("steps") or size.images // BATCH)
-    about = SETS[cell["set"]]
-    config.method.update(decoder_width=about.width, decoder_depth=2, decoder_heads=about.heads, **(fields or {}))
-    config.optim.lr = 6e-3
-    config.eval.every = f"{(cell.get('steps') or size.images // BATCH) // 2 + 1} steps"
-    return config.lock()
-
-
-def finetuning(cell: Cell, clipart: str, encoder: str) -> ConfigDict:
-    """Returns the config of a fine-tuning with all labels but those held out."""
-    config = common(default("supervised"), cell, clipart, TUNED)
-    config.data.update(train_split=f"train[:{100 - HELD}%]", val_split=f"train[{100 - HELD}%:]")
-    config.init_from, config.batch_size = encoder, TUNED_BATCH
-    config.model.positions = "learned"
-    config.method.update(head="probe", head_std=0.01, smoothing=0.1)  # so few steps need the batch norm
-    config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75)
-    return config.lock()
-
-
-def dense(cell: Cell, clipart: str, encoder: str, size: Size) -> ConfigDict:
-    """Returns the config of a linear layer over the frozen encoder's patches, which also measures attention."""
-    config = common(default("segment"), cell, clipart, size.dense * DRAWINGS // BATCH)
-    config.init_from = encoder
-    config.optim.update(lr=0.08, betas=(0.9, 0.999), weight_decay=0.0)
-    return config.lock()
+LRS = 1.2e-2, 2.4e-2, 4.8e-2  # rates of fine-tuning, of batches of 256
 
 
 def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
@@ -216,9 +140,9 @@ def opened(encoder: Path, clipart: str) -> tuple[Any, Any, Iterator[Any]]:
 
 
 def color(encoder: Path, clipart: str) -> dict[str, float]:
-    """Returns purity of queries that are patches of one colour, and of the others, over all blocks and heads.
+    """Returns purity of queries that are patches of one color, and of the others, over all blocks and heads.
 
-    Also that of keys chosen without an encoder, by the distance of the patches' mean colours.
+    Also that of keys chosen without an encoder, by the distance of the patches' mean colors.
     """
     method, params, batches = opened(encoder, clipart)
 
@@ -266,8 +190,8 @@ def by_seed(cells: list[Cell], key: str, **what: Any) -> dict[int, float]:
 
 def table(size: Size, cells: list[Cell]) -> str:
     """Returns the Markdown: arms, homology per block beside the untrained encoder's, and what follows."""
-    lines = [f"Pre-training shows {size.images:,} pictures; mean (range) of seeds. The reconstruction loss is that of "
-             "the test split, of MixedAE and naive mixing from mixed pictures.", ""]
+    lines = [f"Pre-training shows {size.images:,} images; mean (range) of seeds. The reconstruction loss is that of "
+             "the test split, of MixedAE and naive mixing from mixed images.", ""]
     for name in SETS:
         times = {arm: ms for cell in cells if matches(cell, {"kind": "timed", "set": name})
                  for arm, ms in cell["ms"].items()}
@@ -292,9 +216,9 @@ def table(size: Size, cells: list[Cell]) -> str:
 
 
 def homology(cells: list[Cell], name: str) -> list[str]:
-    """Returns the lines of purity per block and neighbour homology, trained (untrained), and whether it is enough."""
-    lines = ["Share of the K keys of the largest scores that are of the query's picture (purity; by chance 0.25, and "
-             "0.50 with r = 0.5), and of tokens whose nearest neighbour is; trained (untrained), mean of seeds:", ""]
+    """Returns the lines of purity per block and neighbor homology, trained (untrained), and whether it is enough."""
+    lines = ["Share of the K keys of the largest scores that are of the query's image (purity; by chance 0.25, and "
+             "0.50 with r = 0.5), and of tokens whose nearest neighbor is; trained (untrained), mean of seeds:", ""]
     for arm in ("naive", "mixedae", *ABLATIONS):
         found = [cell for cell in cells if matches(cell, {"kind": "pretrained", "set": name, "arm": arm})]
         if not found:
@@ -312,8 +236,8 @@ def homology(cells: list[Cell], name: str) -> list[str]:
     plain, drawn, share, near = (values(cells, key, kind="colour", **mixedae) for key in
                                  ("plain", "drawn", "share", "near"))
     if share:
-        lines[-1] += (f" Of queries that are patches of one colour, {text(share[:1], 2)} of all, it is {text(plain)}; "
-                      f"of the others {text(drawn)}. The keys of the nearest mean colours, without an encoder, have "
+        lines[-1] += (f" Of queries that are patches of one color, {text(share[:1], 2)} of all, it is {text(plain)}; "
+                      f"of the others {text(drawn)}. The keys of the nearest mean colors, without an encoder, have "
                       f"{text(near[:1])}, the query's own and all ties among them.")
     return lines
 

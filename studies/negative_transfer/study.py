@@ -57,7 +57,7 @@ UNTRAINED, LONGER, MOCE, TOKEN = "untrained", "both, longer", "MoCE", "tokens"
 JUDGED = (UNTRAINED, *DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
 PROBED = (UNTRAINED, TOKEN)  # and not fine-tuned
 MARGIN = 0.01  # of accuracy: the smallest difference that matters
-LABELS = 510  # labelled pictures of a task that fine-tuning learns from, its first
+LABELS = 510  # labeled images of a task that fine-tuning learns from, its first
 TUNED, TUNED_BATCH, LRS = 200, 32, (1.2e-2, 2.4e-2, 4.8e-2)  # steps of fine-tuning, and rates of batches of 256
 
 
@@ -99,7 +99,7 @@ def prepare(file: Path) -> None:
 
 
 def rows(file: Path, task: str) -> tuple[int, int]:
-    """Returns the rows before which LABELS pictures of a task lie, and from which the last tenth does.
+    """Returns the rows before which LABELS images of a task lie, and from which the last tenth does.
 
     They are of the training split of both domains, which is cut before classes are kept.
     """
@@ -242,7 +242,7 @@ def by_seed(cells: list[Cell], kind: str, arm: str, task: str) -> dict[int, floa
 
 def table(size: Size, cells: list[Cell]) -> str:
     """Returns the Markdown: accuracies, and what follows."""
-    lines = [f"First training {size.first:,} pictures, what follows {size.more:,}; top-1 on test pictures, mean "
+    lines = [f"First training {size.first:,} images, what follows {size.more:,}; top-1 on test images, mean "
              f"(range) of seeds. A: photographs, B: digits; fine-tuned with {LABELS} labels.", "",
              "| encoder | A, probe | B, probe | A, fine-tuned | B, fine-tuned |", "|---" * 5 + "|"]
     for arm in JUDGED:
@@ -289,7 +289,7 @@ def plot(cells: list[Cell]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="pictures and encoders")
+    parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="images and encoders")
     parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
     parser.add_argument("--steps", type=shared.positive, help="so few of training: a trial, with results in --work")
     options = parser.parse_args()

@@ -49,9 +49,9 @@ from verdicts import table as verdict_table
 
 RESULTS = Path(__file__).parent
 BATCH, SEEDS, LRS = 64, tuple(range(8)), (2e-3, 8e-3, 3.2e-2)
-PRETRAIN_LRS = (5e-4, 2e-3, 6e-3)  # per 256 pictures
+PRETRAIN_LRS = (5e-4, 2e-3, 6e-3)  # per 256 images
 VOCABULARY = 120  # the smallest part of the data has 637 patches that are not constant, and a fifth of these is 127
-PILOT = 4  # pilots show a quarter of the pictures
+PILOT = 4  # pilots show a quarter of the images
 WIDTH, DEPTH, HEADS, DECODER = 96, 4, 3, 2
 TUNED = 30  # epochs of fine-tuning
 HELD = 0.1  # of the training split, chooses
@@ -82,7 +82,7 @@ SCRATCH = ("scratch", "scratch, longer")
 
 
 def prepare(folder: Path, clipart: str) -> None:
-    """Writes <set>.npz: pictures on a white square (digits: black, padded), training rows in random order."""
+    """Writes <set>.npz: images on a white square (digits: black, padded), training rows in random order."""
     from mae_jax.data.sources import registry
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def prepare(folder: Path, clipart: str) -> None:
 
 
 def square(pixels: np.ndarray, about: Set) -> np.ndarray:
-    """Returns the whole picture in the middle of a square of the stored size."""
+    """Returns the whole image in the middle of a square of the stored size."""
     image = Image.fromarray(pixels)
     if max(image.size) > about.stored:
         image.thumbnail((about.stored, about.stored), Image.Resampling.BICUBIC)
@@ -216,7 +216,7 @@ def accuracies(cells: list[Cell], **arm: Any) -> dict[int, float]:
 def table(size: Size, cells: list[Cell]) -> str:
     """Returns the Markdown: a table for each data set, and what follows from it."""
     lines = ["Top-1 on the test split after fine-tuning on the labels of nine tenths of the training split; mean "
-             f"(range) of seeds. Pre-training shows {size.images:,} pictures.", ""]
+             f"(range) of seeds. Pre-training shows {size.images:,} images.", ""]
     for name in size.sets:
         heads = [f"{percent:g} %" for percent in size.percents]
         lines += [f"**{name}**", "", f"| pre-trained with | {' | '.join(heads)} | drop to {heads[-1]} | images/s | "
@@ -281,7 +281,7 @@ def plot(size: Size, cells: list[Cell]) -> bytes:
         axes.set_xticks(size.percents, [f"{percent:g} %" for percent in size.percents])
         axes.minorticks_off()
         axes.set_title(name)
-        axes.set_xlabel("part of the training pictures that pre-training saw")
+        axes.set_xlabel("part of the training images that pre-training saw")
         axes.set_ylabel("top-1, mean and range of seeds")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -292,8 +292,8 @@ def plot(size: Size, cells: list[Cell]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), help="pictures and pre-trained encoders")
-    parser.add_argument("--prepare", action="store_true", help="write the pictures there, and end")
+    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), help="images and pre-trained encoders")
+    parser.add_argument("--prepare", action="store_true", help="write the images there, and end")
     parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
     options = parser.parse_args()
     if options.prepare:

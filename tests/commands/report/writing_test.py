@@ -167,7 +167,8 @@ def test_of_weights_that_made_the_features_the_map_alone_is_shown(tmp_path):
     ({"folders": ["nowhere"]}, "not a workdir"), ({"to": "r.pdf"}, ".html"),
     ({"folders": []}, "--from or --embeddings"),
     ({"folders": ["{run}", "{run}"]}, "a run twice"), ({"embeddings": "none.parquet"}, "none.parquet"),
-    ({"embeddings": "{run}/metrics.jsonl"}, "metrics.jsonl"), ({"images": "a", "embeddings": "b"}, "give either --embeddings"),
+    ({"embeddings": "{run}/metrics.jsonl"}, "metrics.jsonl"), ({"images": "a", "embeddings": "b"},
+                                                                      "give either --embeddings"),
     ({"folders": ["{run}", "b"], "images": "a"}, "one --from, not 2"),
     ({"folders": ["{run}/hub"]}, "run/hub is a file of weights, not a run")])
 def test_a_mistake_is_one_line(tmp_path, flags, said):
