@@ -54,8 +54,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if jax.process_index() == 0:
         print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
-        raise UserError(f"--clusters={clusters} is too many for {inputs.num_train} images; use at most "
-                        f"{inputs.num_train // 2}")
+        raise UserError(f"--clusters={clusters} of {inputs.num_train} images; use at most {inputs.num_train // 2}")
     params, extras = split_eval_params(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
