@@ -8,10 +8,9 @@ r"""Exports a run for other libraries: a complete folder, read back and compared
 transformers reads --layout=hf (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or
 ViTModel), and timm reads --layout=timm (encoder and classifier). --layout=mae has the names of the published MAE code,
 --layout=upernet those of mmsegmentation, --layout=detectron2 those of Detectron2; --layout=stablehlo is a program of
-jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. A --to
-that ends in .safetensors is a file of the weights alone (with mae_jax, the default, timm, mae, upernet and detectron2),
-and so is one that ends in .pth (mae, upernet and detectron2). The batch norm of a probe is
-folded into its head.
+jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. A --to that ends in
+.safetensors (mae_jax, the default, timm, mae, upernet and detectron2) or .pth (mae, upernet and detectron2) is a file
+of the weights alone. The batch norm of a probe is folded into its head.
 
   mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
 

@@ -37,8 +37,8 @@ TO = flags.DEFINE_string("to", "", "figure of the grid (default: inspect.png); w
                                    "local or gs://")
 WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data as this, instead of "
                                                                                   "drawing them")
-SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: longest short side of images, in "
-                            "pixels", lower_bound=1)
+SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: most pixels of the short side of "
+                            "an image", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: number of batches", lower_bound=1)
 WANTED = flags.DEFINE_float("images_per_second", 0.0, "rate of the devices, by mae_jax bench or mae_jax plan; prints "
                                                       "the number of cores that it needs", lower_bound=0.0)
