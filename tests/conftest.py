@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 # Before JAX is imported: where libtpu is installed, every process would look for a TPU, one at a time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests' programs run for milliseconds, and XLA's optimisations would compile for seconds, in the processes that tests
+# Tests' programs run for milliseconds, and XLA's optimizations would compile for seconds, in the processes that tests
 # start as well. `XLA_FLAGS= python -m pytest` tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" + (
     # JAX 0.11 and later end at this flag, which they do not know.

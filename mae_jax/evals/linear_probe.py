@@ -40,7 +40,7 @@ class LinearProbe(Probe):
 @partial(jax.jit, static_argnames="classes")
 def fit(features: jax.Array, labels: jax.Array, share: jax.Array, penalty: jax.Array, classes: int,
         start: jax.Array | None = None) -> jax.Array:
-    """Minimises Σ share · cross-entropy + penalty · |W|².
+    """Minimizes Σ share · cross-entropy + penalty · |W|².
 
     Args:
       features: float32 [n, D].

@@ -12,7 +12,7 @@ from tests.config.config_test import RECIPES, recipe
 
 pytestmark = pytest.mark.slow
 
-SEEN = {  # method → a figure and the pictures of its evaluations
+SEEN = {  # method → a figure and the images of its evaluations
     "beit": ("eval/knn/top1", ("attention",)),
     "detection": ("eval/box_ap", ("detection",)),
     "dino": ("eval/knn/top1", ("attention",)),

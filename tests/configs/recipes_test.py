@@ -23,7 +23,7 @@ from mae_jax.training.optim import layer_rate, make_schedule, peak_lr
 from tests.config.config_test import leaves, recipe
 from tests.helpers.tiers import slow
 
-IMAGENET, IMAGENET_21K = 1_281_167, 13_153_500  # training pictures; of the second, any number does here
+IMAGENET, IMAGENET_21K = 1_281_167, 13_153_500  # training images; of the second, any number does here
 
 
 def resolved(text: str) -> ConfigDict:

@@ -162,7 +162,7 @@ def places(data):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": True}])
 def test_a_jpeg_cut_anywhere_is_bad_even_where_only_its_top_is_wanted(options, fast):
-    if options.get("exif"):  # with a small picture of its own inside, which is whole
+    if options.get("exif"):  # with a small image of its own inside, which is whole
         inner = encode(pattern(), "JPEG")
         options = {"exif": b"Exif\0\0II*\0\x08\0\0\0" + bytes(6) + inner}
     data = encode(pattern(200, 300), "JPEG", quality=95, **options)

@@ -170,7 +170,7 @@ def test_repeats_are_spaced_copies_with_views_of_their_own(stored, name, batch, 
 @KINDS
 def test_a_pass_of_repeats_shows_each_picture_as_often(stored, name):
     c = config(stored, name, batch=12, repeats=3)
-    ids = np.concatenate([batch["id"] for batch in take(build(c).train(0), 15)])  # 4 pictures a step, of 60
+    ids = np.concatenate([batch["id"] for batch in take(build(c).train(0), 15)])  # 4 images a step, of 60
     assert np.bincount(ids).tolist() == [3] * 60
 
 

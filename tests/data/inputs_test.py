@@ -140,7 +140,7 @@ def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
 
 
 def made(size=10, bad=()):
-    """A source of one-colour images; those named in `bad` are text."""
+    """A source of one-color images; those named in `bad` are text."""
     def read(i):
         return Example(b"text" if i in bad else np.full((32, 48, 3), i, np.uint8), i % 3)
     return Source(size, read, name=lambda i: f"image {i}", classes=("a", "b", "c"))
@@ -181,7 +181,7 @@ def test_a_bad_picture_gives_way_to_the_next_of_the_epoch_and_is_named():
 
 
 def write_odd_folder(root):
-    """Twelve images of all kinds, each of its number's grey, and six broken files; returns id → grey of the good."""
+    """Twelve images of all kinds, each of its number's gray, and six broken files; returns id → gray of the good."""
     def save(name, gray, kind, mode="RGB", **options):
         Image.new("RGB", (40, 30), (gray, gray, gray)).convert(mode).save(root / name, kind, **options)
 

@@ -39,13 +39,13 @@ def hidden_mask(order, position):
 
 
 def pairs(mask):
-    """Of the hidden patches, the share whose right neighbour is hidden."""
+    """Of the hidden patches, the share whose right neighbor is hidden."""
     return mask[:, 1:][mask[:, :-1]].mean()
 
 
 @pytest.mark.parametrize("kind", ["block", "published_block"])
 def test_block_orders_hide_patches_in_blocks(kind):
-    """A hidden patch's right neighbour is hidden far more often than the share of hidden patches (0.4)."""
+    """A hidden patch's right neighbor is hidden far more often than the share of hidden patches (0.4)."""
     together, scattered = (
         np.mean([pairs(hidden_mask(PatchOrder(each, (14, 14), 78), i)) for i in range(50)])
         for each in (kind, "random"))
@@ -141,7 +141,7 @@ def test_block_orders_hide_75_of_196_and_their_blocks_are_as_large_and_long_as_b
     masks = np.stack([hidden_mask(order, i) for i in range(400)])
     assert (masks.sum((1, 2)) == 75).all()
     middle, corners = masks[:, 6:8, 6:8].mean(), masks[:, ::13, ::13].mean()
-    assert 0.5 < middle < 0.8  # blocks lie within the picture: its middle is hidden more often than its corners
+    assert 0.5 < middle < 0.8  # blocks lie within the image: its middle is hidden more often than its corners
     assert 0.02 < corners < 0.3
     for position in range(400):
         num_masked = np.zeros((14, 14), bool)

@@ -84,7 +84,7 @@ def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     config = tiny_segment({"batch_size": 4, "method.background": 1})
     method, state = tiny_method(config), tiny_state(config)
     parts = [tiny_segment_batch(config, seed) for seed in range(3)]
-    parts[0]["pixel_label"][1] = 1  # a picture without foreground
+    parts[0]["pixel_label"][1] = 1  # an image without foreground
     parts[1]["valid"][0] = 0
     found = attention_overlap.iou(method, state.params, {}, parts[:1], parts[1:])
     chosen, _ = numpy_overlaps(method, state, parts[0])

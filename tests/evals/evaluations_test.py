@@ -30,7 +30,7 @@ CASES = {name: (name, {}) for name in methods.TABLE} | {
 
 
 def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
-    """Returns the evaluator of a tiny method on labelled random images, and a first state."""
+    """Returns the evaluator of a tiny method on labeled random images, and a first state."""
     config = tiny_config(fields, name)
     method = tiny_method(config)
 

@@ -1,4 +1,4 @@
-"""The vote of neighbours against a plain loop and scikit-learn."""
+"""The vote of neighbors against a plain loop and scikit-learn."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def cosines(train, test) -> np.ndarray:
 
 
 def neighbors(train, test, k: int, temperature: float) -> np.ndarray:
-    """Returns the vote's class for each test row, one row and one neighbour at a time; no vote is nearly a tie."""
+    """Returns the vote's class for each test row, one row and one neighbor at a time; no vote is nearly a tie."""
     found = []
     for cosine in cosines(train, test):
         votes = np.zeros(CLASSES)

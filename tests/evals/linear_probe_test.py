@@ -15,7 +15,7 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(penalty):
     features, labels = blobs(300, seed=0)
     share = np.full(300, 1 / 300, np.float32)
     weights = np.asarray(linear_probe.fit(features, labels, share, penalty, CLASSES))
-    # scikit-learn minimises C · sum of entropies + |W|²/2, ours mean entropy + penalty · |W|².
+    # scikit-learn minimizes C · sum of entropies + |W|²/2, ours mean entropy + penalty · |W|².
     peer = LogisticRegression(C=1 / (2 * penalty * len(labels)), tol=1e-8, max_iter=5000).fit(features, labels)
     centered = weights - weights.mean(1, keepdims=True)  # a common shift of all classes changes no probability
     bias = peer.intercept_ - peer.intercept_.mean()

@@ -27,7 +27,7 @@ from torchvision.transforms import functional as vision  # noqa: E402
 from torchvision.transforms import transforms as vision_transforms  # noqa: E402
 
 PICTURES = {"astronaut": (40, 200, 32, 24), "chelsea": (90, 120, 24, 32)}  # top, left, height, width at half size
-SIMPLE = ((16, 0, 0), (16, 3, 8), (16, 8, 8))  # side, top, left in the padded picture
+SIMPLE = ((16, 0, 0), (16, 3, 8), (16, 8, 8))  # side, top, left in the padded image
 TIMM = {
     "auto_contrast": ("AutoContrast", (0.9,)), "equalize": ("Equalize", (0.9,)), "invert": ("Invert", (0.9,)),
     "rotate": ("Rotate", (0.9, -0.83)), "posterize": ("PosterizeIncreasing", (0.7, 0.9)),

@@ -3,7 +3,7 @@
   python tests/golden/make_timm.py      (needs torch and timm; the tests that read the file need neither)
 
 Models: one as DeiT III's (LayerScale, positions for the patches alone, the class token is classified), and a plain ViT
-whose positions include the class token's and which classifies the normalised mean of the patch tokens. All weights are
+whose positions include the class token's and which classifies the normalized mean of the patch tokens. All weights are
 random: a zero or a one would hide a wrong place. They compute in float64.
 
 Mixup and cutmix have their λ and the middle of the box given. λ is such that the box has even sides: odd ones lose a

@@ -21,7 +21,7 @@ def positions(grid: tuple[int, int], to: tuple[int, int], rng: np.random.Generat
 
 
 def batch_norm(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns batches of features, what training normalises them to, the moments after each, and an evaluation."""
+    """Returns batches of features, what training normalizes them to, the moments after each, and an evaluation."""
     norm = torch.nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6).double()
     features = (rng.standard_normal((BATCHES, ROWS, WIDTH)) * rng.uniform(0.1, 3, WIDTH) + 1).astype(np.float32)
     outputs, means, variances = [], [], []

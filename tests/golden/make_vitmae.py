@@ -2,7 +2,7 @@
 
   python tests/golden/make_vitmae.py      (needs torch and transformers; the tests that read the file need neither)
 
-Two cases with the same weights: square images with normalised pixels, and images that are not square with plain
+Two cases with the same weights: square images with normalized pixels, and images that are not square with plain
 pixels. Everything is computed in float64, so that the file is the truth to float32's last digit. Biases, norm scales
 and tokens are random too: a zero or a one would hide a wrong place.
 """
@@ -51,7 +51,7 @@ def random_weights(model: ViTMAEForPreTraining, rng: np.random.Generator) -> dic
 def make_model(case: dict, weights: dict[str, np.ndarray]) -> ViTMAEForPreTraining:
     """Returns the model in float64.
 
-    Made from a config, it has zeros for positions, which only its released weights fill; and its initialisation and its
+    Made from a config, it has zeros for positions, which only its released weights fill; and its initialization and its
     loss take images to be square unless positions are interpolated, which these need not be.
     """
     config = ViTMAEConfig(**SHAPE, **case, attn_implementation="sdpa")

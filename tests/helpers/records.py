@@ -1,4 +1,4 @@
-"""Small data sets of records for tests: files of TFDS and plain ones, whole and harmed; image i is of grey i."""
+"""Small data sets of records for tests: files of TFDS and plain ones, whole and harmed; image i is of gray i."""
 
 import io
 import itertools

@@ -83,7 +83,7 @@ def raster_batch(config: ConfigDict, seed: int = 0) -> Batch:
 
 
 def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
-    """Returns a batch of smooth random images (neighbouring pixels alike) with random orders, all valid.
+    """Returns a batch of smooth random images (neighboring pixels alike) with random orders, all valid.
 
     Those of training have the views of the method, where it has its own.
     """

@@ -35,7 +35,7 @@ def test_k_means_is_scikit_learns_from_the_same_start():
 
 def test_a_center_that_lost_its_points_moves_to_the_farthest_one():
     points = np.float32([[0], [0], [0], [0], [10], [11]])
-    centers = kmeans.kmeans(points, 3, np.random.default_rng(0))  # some start has equal centres
+    centers = kmeans.kmeans(points, 3, np.random.default_rng(0))  # some start has equal centers
     nearest, distances = kmeans.assign(points, centers)
     assert len(np.unique(nearest)) == 3
     assert distances.sum() == pytest.approx(0)

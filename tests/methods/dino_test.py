@@ -1,4 +1,4 @@
-"""DINO: who sees which views, what is compared with what, and how teacher, centre, temperature and decay move."""
+"""DINO: who sees which views, what is compared with what, and how teacher, center, temperature and decay move."""
 
 import jax
 import jax.numpy as jnp

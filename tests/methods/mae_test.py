@@ -151,7 +151,7 @@ def test_flops_agree_with_the_compilers_count_of_the_unrolled_step(fields):
     def loss(params, extras, batch):
         return method.loss(params, extras, batch, None, 0, True)[0]
 
-    # Before XLA's optimisations, which take half a minute to compile and add less than one per cent to the count.
+    # Before XLA's optimizations, which take half a minute to compile and add less than one per cent to the count.
     counted = jax.jit(jax.grad(loss)).lower(params, extras, batch).cost_analysis()["flops"]
     assert train_flops(method) == pytest.approx(counted, rel=0.05)
 

@@ -103,7 +103,7 @@ def test_a_bad_picture_gives_way_to_one_of_another_group():
 @pytest.mark.parametrize("fields", [{"data.repeats": 3, "batch_size": 16}, {}])
 def test_no_picture_stands_in_for_one_that_it_is_mixed_with(fields):
     config = tiny_config({"data.source": "photo_crops"} | fields, "mixedae")
-    size = 400 if fields else 9  # six pictures thrice in a batch: a group of the pictures 4, 5, 0, 1
+    size = 400 if fields else 9  # six images thrice in a batch: a group of the images 4, 5, 0, 1
     for first in range(0, 320, 4):
         shown = [next(random_access._candidates(size, 4, config, first + member)) for member in range(4)]
         for member in range(4):

@@ -177,7 +177,7 @@ def test_cross_entropy_starts_at_the_logarithm_of_the_vocabulary(method, target)
 def test_info_nce_is_that_of_the_definition():
     rng = np.random.default_rng(0)
     pairs, valid = rng.normal(size=(6, 2, 5)).astype(np.float32), np.array([1, 1, 0, 1, 1, 1], np.float32)
-    ids = np.array([0, 1, 2, 3, 3, 5])  # rows 3 and 4 show the same picture
+    ids = np.array([0, 1, 2, 3, 3, 5])  # rows 3 and 4 show the same image
     losses, found = info_nce(pairs, valid, ids, 0.3)
     unit = pairs / np.linalg.norm(pairs, axis=2, keepdims=True)
     for i in np.flatnonzero(valid):

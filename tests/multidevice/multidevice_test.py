@@ -41,7 +41,7 @@ def test_what_gpus_compute_is_the_same_on_meshes():
 
 
 def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gradients():
-    """InfoNCE, DINO's loss and centre: one device with 16 images beside four with 4 each and eight with 2."""
+    """InfoNCE, DINO's loss and center: one device with 16 images beside four with 4 each and eight with 2."""
     for method, found in run("joint", 8).items():
         for name, (losses, extras, grads) in found.items():
             assert losses < 1e-5, (method, name)

@@ -35,7 +35,7 @@ LARGE = {"model.width": 128, "model.depth": 1, "model.heads": 4, "method.decoder
          "method.decoder_heads": 4, "log.every": "1 steps", "checkpoint.every": "20 steps"}
 EVALUATED = {"data.eval_split": "test", "eval.every": "20 steps"}
 CLEAR = 0.1  # between the best answer and the second, in logits or votes; sums in another order change some 1e-5
-# On a TPU slice too, rows of a process need not be neighbours, and `tensor` may join processes, which then feed the
+# On a TPU slice too, rows of a process need not be neighbors, and `tensor` may join processes, which then feed the
 # same rows.
 MESHES = {  # processes, devices of all, fields
     "data": (4, 4, {}),

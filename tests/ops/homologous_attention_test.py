@@ -127,7 +127,7 @@ def test_purity_counts_kept_keys_of_the_same_picture():
 
 
 def test_the_nearest_neighbor_is_another_token():
-    tokens = np.eye(8)[[0, 0, 1, 1, 0, 2, 2, 3]][None]  # of two pictures; token 4 is like the first two
+    tokens = np.eye(8)[[0, 0, 1, 1, 0, 2, 2, 3]][None]  # of two images; token 4 is like the first two
     tokens = tokens + 0.01 * np.arange(8)[None, :, None] * np.eye(8)[5]
     homology = neighbor_homology(jnp.asarray(tokens, jnp.float32), 2)
     unit = tokens[0] / np.linalg.norm(tokens[0], axis=1, keepdims=True)

@@ -209,7 +209,7 @@ def test_erased_boxes_lie_inside_and_follow_the_published_law(size):
 
 
 def test_a_picture_without_a_box_that_fits_stays_as_it_is():
-    where = ops_mixup.Pixels.of(PatchGrid(1, 400, 1, 1))  # no box of one row is lower than the picture
+    where = ops_mixup.Pixels.of(PatchGrid(1, 400, 1, 1))  # no box of one row is lower than the image
     pixels = jnp.ones((100, 400, 3))
     np.testing.assert_array_equal(ops_mixup.erase(jax.random.key(9), pixels, where, 1.0), pixels)
 

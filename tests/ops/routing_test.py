@@ -29,6 +29,6 @@ def test_imbalance_and_uncertainty_have_their_bounds():
     assert imbalance(one, share) == pytest.approx(7)  # E - 1
     assert uncertainty(even, share) == pytest.approx(np.log(8))
     assert uncertainty(one, share) == 0
-    apart = jnp.eye(8)[jnp.asarray([0, 1, 1])]  # half the pictures each
+    apart = jnp.eye(8)[jnp.asarray([0, 1, 1])]  # half the images each
     assert imbalance(apart, share) == pytest.approx(8 / 2 - 1)
     assert np.isfinite(jax.grad(lambda p: uncertainty(p, share))(one)).all()

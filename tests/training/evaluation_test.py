@@ -95,7 +95,7 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
     other = BestCheckpoint(epath.Path(tmp_path), "loss")
     other.update(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
     assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}
-    # A score of other pictures is none to compare with.
+    # A score of other images is none to compare with.
     fewer = BestCheckpoint(epath.Path(tmp_path), "loss", max_examples=7)
     assert fewer.score == float("-inf")
 

@@ -240,10 +240,10 @@ def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_
     run.inputs.bad.append("cats/7.jpg: no end marker")
     log = StepLogger(run, MetricWriter(tmp_path, 0, sinks=("pictures",)))
     metrics = {name: (np.float32(value), np.float32(1)) for name, value in
-               {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 pictures
+               {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 images
     ids = np.arange(8)
     for done in range(1, 14):
-        log.record(done, metrics, ids)  # handles the 12 before: 96 pictures
+        log.record(done, metrics, ids)  # handles the 12 before: 96 images
     with pytest.raises(GuardError, match=r"26 of 104 .*0\.2: cats/7\.jpg"):
         log.record(14, metrics, ids)
 

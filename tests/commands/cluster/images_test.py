@@ -186,7 +186,7 @@ def test_the_picture_of_experts_seeks_further_than_the_first_batch(monkeypatch):
 
 @pytest.mark.slow
 def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_path):
-    records.write(tmp_path / "train-0.tfrecord", [records.record(i) for i in range(103)])  # the i-th of grey i
+    records.write(tmp_path / "train-0.tfrecord", [records.record(i) for i in range(103)])  # the i-th of gray i
     data = {"data.source": "tfrecord", "data.path": str(tmp_path / "{split}-*.tfrecord"), "data.train_split": "train",
             "data.eval_split": "", "eval.every": "", "data.readers": 8, "data.shuffle_mb": 1}
     assert clustered(made / "mae", tmp_path / "clusters", data=tiny_config(CROPS | data)) == 0

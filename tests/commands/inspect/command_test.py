@@ -25,7 +25,7 @@ from tests.helpers.tiny import tiny_method
 
 
 def make_folder(root, broken=True):
-    """Twenty images of two classes, 40 x 30; image i is of grey i. One is cut short, one is text."""
+    """Twenty images of two classes, 40 x 30; image i is of gray i. One is cut short, one is text."""
     for i in range(20):
         path = root / "ab"[i % 2] / f"{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def build(c):
 
 
 def contents(c, split="train"):
-    """Returns grey value // 10 → class name of everything in a split."""
+    """Returns gray value // 10 → class name of everything in a split."""
     source = registry.load(c.data, split)
     found = [item for _, item in writers.each(source, lambda example: example, threads=2)]
     return {round(float(decode(example.image).mean()) / 10): source.classes[example.label] for example in found}

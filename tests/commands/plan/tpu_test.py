@@ -116,7 +116,7 @@ def test_every_generation_has_a_peak_in_the_one_table_of_peaks():
 
 @pytest.mark.parametrize(("name", "rings"), [
     ("v3:8x8", (True, True, False)),  # assumed for all v2 and v3 slices
-    ("v3:2x2", (False, False, False)),  # two chips are neighbours once
+    ("v3:2x2", (False, False, False)),  # two chips are neighbors once
     ("v5e:8x16", (False, True, False)),
     ("v5p:4x4x8", (True, True, True)),
     ("v4:2x2x4", (False, False, True)),

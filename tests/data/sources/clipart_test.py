@@ -14,7 +14,7 @@ def fresh_listing():
 
 
 def draw(path, alpha=255, size=(80, 70)):
-    """A red square on nothing, from (20, 10) to (59, 39); what is outside has a colour that nobody shall see."""
+    """A red square on nothing, from (20, 10) to (59, 39); what is outside has a color that nobody shall see."""
     pixels = np.zeros((size[1], size[0], 4), np.uint8)
     pixels[..., 2] = 200
     pixels[10:40, 20:60] = (255, 0, 0, alpha)

@@ -101,7 +101,7 @@ def test_jitter_makes_each_change_once_in_any_order_by_uniform_amounts(changes, 
 
 
 def test_three_makes_exactly_one_of_its_three_changes_each_a_third_of_the_time(changes):
-    """With the jitter held still, every view is grey, solarised or blurred, and which one can be seen."""
+    """With the jitter held still, every view is gray, solarized or blurred, and which one can be seen."""
     image, seen = photograph("astronaut"), Counter()
     gray, inverted = (np.asarray(change(image, None)) for change in (color.gray, color.solarize))
     for position in range(600):
@@ -116,7 +116,7 @@ def test_three_makes_exactly_one_of_its_three_changes_each_a_third_of_the_time(c
 
 
 def test_three_changes_the_jitter_last():
-    """A grey view stays grey under the jitter, and most of these views do not have the grey levels of the picture."""
+    """A gray view stays gray under the jitter, and most of these views do not have the gray levels of the image."""
     image = photograph("astronaut")
     gray = np.asarray(color.gray(image, None))
     views = [np.asarray(color.three(image, rng(0, "augment", position))) for position in range(60)]

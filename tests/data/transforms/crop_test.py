@@ -149,7 +149,7 @@ def test_single_crops_follow_the_law_of_one_draw_cut_to_the_picture(size):
 
 
 def test_a_single_crop_takes_one_draw_where_a_random_crop_draws_until_it_fits():
-    """On a long image a crop of most of the area never fits: the one is cut, the other is the centre."""
+    """On a long image a crop of most of the area never fits: the one is cut, the other is the center."""
     limits = (40, 400), (224, 224), (0.9, 1.0), (3 / 4, 4 / 3)
     single = [transforms_crop.single_box(rng(0, "augment", i), *limits) for i in range(100)]
     random = [random_box(rng(0, "augment", i), *limits) for i in range(100)]
@@ -190,7 +190,7 @@ def test_rows_beyond_the_edge_are_mirrored_as_numpy_does_and_places_are_uniform(
 @pytest.mark.parametrize("crop", ["none", "fixed", "simple", "single", "random"])
 @pytest.mark.parametrize("target", [(32, 32), (24, 56)])
 def test_a_mask_goes_through_the_geometry_of_its_picture(crop, target):
-    """The mask says which of three greys a pixel had; it still does, but for blurred edges, and best where it lies."""
+    """The mask says which of three grays a pixel had; it still does, but for blurred edges, and best where it lies."""
     mask = (noise(90, 120)[..., 0] // 86).astype(np.uint8)
     pixels = np.repeat((mask * 120)[..., None], 3, axis=2)
     config = settings(augment=crop, image_size=target)

@@ -74,7 +74,7 @@ def test_each_change_of_color_comes_as_often_as_it_says_and_in_order(monkeypatch
 
 
 def test_views_differ_as_published():
-    """Released code: both jittered and grey alike often; the first always blurred, the second rarely, but solarised."""
+    """Released code: both jittered and gray alike often; the first always blurred, the second rarely, but solarized."""
     method = tiny_method(tiny_config(method="dino"))
     large, small = method.views()
     assert [tuple(colors[:4]) for colors in large.colors] == [(0.8, 0.2, 1, 0), (0.8, 0.2, 0.1, 0.2)]
@@ -107,7 +107,7 @@ def test_a_picture_that_cannot_be_read_leaves_gray_views_that_are_not_valid():
     fields = train_example(source, views, config, bad, 3)
     assert (fields["valid"], fields["label"], len(bad)) == (0.0, -1, 4)
     assert fields["global/patches"].shape == (2, 16, 48)
-    assert np.ptp(fields["local/patches"].reshape(3, -1, 3), axis=1).max() <= 1  # of one colour each
+    assert np.ptp(fields["local/patches"].reshape(3, -1, 3), axis=1).max() <= 1  # of one color each
 
 
 def test_all_views_of_a_picture_come_from_one_decoding(monkeypatch):

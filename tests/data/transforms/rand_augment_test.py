@@ -74,7 +74,7 @@ def test_the_drawn_operations_are_applied_in_order(drawn):
 
 @pytest.mark.parametrize("name", rand_augment.NAMES)
 def test_a_mask_moves_with_its_picture_and_is_ignored_where_the_picture_left(name):
-    """The mask says which of three greys a pixel had; moved by nearest neighbours both still agree."""
+    """The mask says which of three grays a pixel had; moved by nearest neighbors both still agree."""
     coarse = np.random.default_rng(0).integers(0, 3, (6, 8), dtype=np.uint8)
     classes = Image.fromarray(coarse).resize((96, 72), Image.Resampling.NEAREST)
     image = Image.merge("RGB", [classes.point([0, 60, 240] + [0] * 253)] * 3)
