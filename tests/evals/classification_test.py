@@ -92,7 +92,7 @@ def test_many_classes_have_no_table_of_confusions():
 
 
 def test_a_head_of_another_number_of_classes_is_refused():
-    with pytest.raises(UserError, match=r"7 classes .* 10"):
+    with pytest.raises(UserError, match=r"7 classes, .* 10"):
         classification.counts(*(jnp.asarray(x) for x in guesses(4, 7)), jnp.ones(4), 10)
 
 

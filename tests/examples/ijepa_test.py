@@ -145,7 +145,7 @@ def test_cached_batches_hold_the_targets_and_are_refused_for_others(tmp_path):
         for name in drawn:
             np.testing.assert_array_equal(cached[name], drawn[name])
     config.method.target_aspect = (1.0, 1.5)
-    with pytest.raises(UserError, match="order of patches"):
+    with pytest.raises(UserError, match="patch order"):
         batches_of(config)
 
 

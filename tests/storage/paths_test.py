@@ -56,7 +56,7 @@ def test_a_source_refuses_it_as_data_path(source):
 def test_a_source_that_reads_no_s3_says_which_do(source):
     config = tiny_config()
     config.data.update(source=source, path="s3://bucket/pictures", name="toy")
-    with pytest.raises(UserError, match=r"reads no s3://; sources that do are folder"):
+    with pytest.raises(UserError, match=r"does not read s3://; folder"):
         registry.load(config.data, "train")
 
 
