@@ -84,7 +84,7 @@ def test_workers_that_are_killed_and_ctrl_c_change_no_bit_and_leave_nothing(gold
     assert processes.ends([run]) == [75]
     output = processes.output(folder, 0)
     assert "was killed by SIGKILL" in output
-    assert "the process that leads the worker processes ended; they are started again" in output
+    assert "the process that leads the worker processes ended; all are restarted" in output
     assert "Traceback" not in output
     assert not left(tree)
     processes.finish(folder, cache, processes=1, devices=1, fields={**FIELDS, "pause": 0.0})

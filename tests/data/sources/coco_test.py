@@ -79,7 +79,7 @@ def test_a_bucket_gives_what_the_disk_gives_in_few_requests(gcs, tmp_path):
             np.testing.assert_array_equal(there.read(i).objects.box, source.read(i).objects.box)
     ours = [request for request in gcs.requests[before:] if "coco" in request]  # what other tests left may ask as well
     assert len(ours) < 40, ours
-    with pytest.raises(UserError, match="no folder and no file"):
+    with pytest.raises(UserError, match="neither a folder nor a file"):
         load("gs://bucket/nothing")
 
 
