@@ -234,7 +234,7 @@ def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
     config = workdir.read_config(tmp_path / "moce").copy_and_resolve_references().unlock()
     config.method.clusters = str(tmp_path / "others")
     config.train.duration = "3 steps"
-    with pytest.raises(UserError, match=r"clusters .*mixture"):
+    with pytest.raises(UserError, match=r"clusters=.*mixture"):
         loop.train(config.lock(), str(tmp_path / "moce"))
     shutil.copytree(made / "clusters", tmp_path / "moved")
     config.unlock().method.clusters = str(tmp_path / "moved")

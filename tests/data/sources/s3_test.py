@@ -138,7 +138,7 @@ def test_what_is_wrong_with_a_bucket_is_said_in_one_line(server, monkeypatch):
     assert "is not a folder" in one_line("s3://images/nothing")
     assert "not a valid bucket" in one_line("s3://A/x")
     assert "no file matches" in one_line("s3://images/nothing-*.tar", "tar")
-    assert "reads no s3://" in one_line("s3://images/x", "tfrecord")
+    assert "does not read s3://" in one_line("s3://images/x", "tfrecord")
     assert "parts . and .." in one_line("s3://images/../x")
 
 
