@@ -8,8 +8,9 @@ configs/folder.py, trained on the same images or on more of them, which need no 
 `scratch`.
 
 The training part is path/train, or all but a held-out tenth. Its last tenth, by a hash of the file names, selects the
-checkpoint: it is evaluated every 5 epochs as val/top1, and the best state is kept under <workdir>/best. The held-out
-part is evaluated once, at the end: eval/top1 for the last state, eval/best/top1 for the best one. Other shares:
+checkpoint: it is evaluated every 5 epochs, or 20 steps, as val/top1, and the best state is kept under <workdir>/best.
+The held-out part is evaluated once, at the end: eval/top1 for the last state, eval/best/top1 for the best one. Other
+shares:
 
   --config.data.train_split='train[:80%]' --config.data.val_split='train[80%:]'
 
@@ -19,8 +20,11 @@ as long, no layer-wise decay: the baseline for the encoder); `all` (train on the
 state, for few images, when there is nothing to select); `runlocal`.
 
 There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
-smaller batches. The recipe has not been run to its end. If classes differ by color, or by left and right, set
---config.data.color=none or --config.data.flip=False.
+smaller batches, and with three changes for few labels, measured with a small encoder (studies/finetune/instrument.md):
+at least 400 steps; for Ti and S four times the rate, whose peak is then that of MAE's ViT-B at its batch of 1024; and a
+batch norm before the head, where MAE has a layer norm (--config.method.head=linear). The recipe has not been run to its
+end with Ti, S or B. If classes differ by color, or by left and right, set --config.data.color=none or
+--config.data.flip=False.
 """
 
 from functools import partial
@@ -35,11 +39,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 64
     config.data.update(source="folder", train_split="train[:90%]", val_split="train[90%:]", color="rand")
     config.model.update(pool="mean", positions="learned", drop_path=0.1)
-    config.method.update(smoothing=0.1, mixup=0.8, cutmix=1.0)
-    config.optim.update(warmup="5 epochs", min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
-    config.train.duration = "100 epochs"
-    config.checkpoint.update(every="5 epochs", best_metric="top1")
-    config.eval.every = "5 epochs"
+    config.method.update(head="probe", smoothing=0.1, mixup=0.8, cutmix=1.0)  # a head behind a batch norm
+    config.optim.update(warmup="5 epochs, at least 20 steps", min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
+    config.train.duration = "100 epochs, at least 400 steps"  # a few steps barely move a head from its start
+    config.checkpoint.update(every="5 epochs, at least 20 steps", best_metric="top1")
+    config.eval.every = "5 epochs, at least 20 steps"
     size(config, "Ti")
     config.model.auto = SHAPE  # the shape of init_from's encoder, unless a size is given
     sizes = {"laptop": laptop, **{name: partial(size, name=name) for name in ("Ti", "S", "B")}}
@@ -51,7 +55,7 @@ def size(config: ConfigDict, name: str) -> None:
     large = name == "B"
     config.data.image_size = (224, 224) if large else (128, 128)
     config.model.update(vit(name, patch=16 if large else 8), auto=())
-    config.optim.lr = 1e-3 if large else 2e-3  # per 256 images; small encoders tolerate more
+    config.optim.lr = 1e-3 if large else 8e-3  # per 256 images; small encoders tolerate more
 
 
 def laptop(config: ConfigDict) -> None:
@@ -64,9 +68,11 @@ def laptop(config: ConfigDict) -> None:
 
 
 def scratch(config: ConfigDict) -> None:
-    """Trains from random weights: longer, with the full learning rate in every layer."""
+    """Trains from random weights: longer, with the full learning rate in every layer; Ti and S with a lower one."""
     config.optim.layer_decay = 1.0
-    config.train.duration = "300 epochs"
+    if config.model.depth == 12:
+        config.optim.lr = min(config.optim.lr, 2e-3)  # no layer decay slows down the first blocks
+    config.train.duration = "300 epochs, at least 1200 steps"
 
 
 def everything(config: ConfigDict) -> None:

