@@ -9,7 +9,8 @@ from studies.verdicts import OPPOSITE, SEEN, judge
 
 def cell(name, seed, arm, **figures):
     lr, head, steps = arm
-    return {"kind": "tuned", "set": name, "seed": seed, "lr": lr, "head": head, "steps": steps, "mixed": False, **figures}
+    return {"kind": "tuned", "set": name, "seed": seed, "lr": lr, "head": head, "steps": steps, "mixed": False,
+            **figures}
 
 
 def accuracy(arm):
