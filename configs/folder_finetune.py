@@ -17,7 +17,8 @@ shares:
 Arguments, separated by commas: `Ti` (the default), `S` or `laptop` (with the same argument of configs/folder.py), `B`
 (ViT-B/16 at 224 pixels, for encoders of configs/vit_b_mae.py or exported ones); `scratch` (random weights, three times
 as long, no layer-wise decay: the baseline for the encoder); `all` (train on the whole training part and keep the last
-state, for few images, when there is nothing to select); `runlocal`.
+state, for few images, when there is nothing to select); `plain` (no mixup, cutmix and RandAugment, which a short run is
+slowed down by; `laptop` has none); `runlocal`.
 
 There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
 smaller batches, and with three changes for few labels, measured with a small encoder (studies/finetune/instrument.md):
@@ -47,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
     size(config, "Ti")
     config.model.auto = SHAPE  # the shape of init_from's encoder, unless a size is given
     sizes = {"laptop": laptop, **{name: partial(size, name=name) for name in ("Ti", "S", "B")}}
-    return resolve(config, arg, sizes, scratch=scratch, all=everything)
+    return resolve(config, arg, sizes, scratch=scratch, all=everything, plain=plain)
 
 
 def size(config: ConfigDict, name: str) -> None:
@@ -65,6 +66,7 @@ def laptop(config: ConfigDict) -> None:
     config.eval.crop_ratio = (1.0,)
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4), auto=())
     config.optim.lr = 1.2e-2  # as configs/quickstart_finetune.py
+    plain(config)
 
 
 def scratch(config: ConfigDict) -> None:
@@ -73,6 +75,12 @@ def scratch(config: ConfigDict) -> None:
     if config.model.depth == 12:
         config.optim.lr = min(config.optim.lr, 2e-3)  # no layer decay slows down the first blocks
     config.train.duration = "300 epochs, at least 1200 steps"
+
+
+def plain(config: ConfigDict) -> None:
+    """Mixes no images and leaves their colors."""
+    config.data.color = "none"
+    config.method.update(mixup=0.0, cutmix=0.0)
 
 
 def everything(config: ConfigDict) -> None:

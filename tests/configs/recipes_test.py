@@ -297,6 +297,15 @@ def test_fine_tuning_on_a_folder_takes_steps_enough_for_few_images_and_epochs_fo
     assert Timeline.of(resolved("folder_finetune:scratch,all"), 60).total == 1200
 
 
+def test_fine_tuning_on_a_folder_mixes_no_images_on_a_laptop_or_where_it_is_told_so():
+    def mixing(text):
+        config = resolved(text)
+        return config.data.color, config.method.mixup, config.method.cutmix
+
+    assert mixing("folder_finetune") == mixing("folder_finetune:S,all") == ("rand", 0.8, 1.0)
+    assert mixing("folder_finetune:plain") == mixing("folder_finetune:laptop,all") == ("none", 0.0, 0.0)
+
+
 @pytest.mark.parametrize(("size", "lr", "scratch"), [
     ("Ti", 2e-3, 5e-4), ("S", 2e-3, 5e-4), ("B", 2.5e-4, 2.5e-4), ("laptop", 1.5e-3, 1.5e-3)])
 def test_fine_tuning_on_a_folder_has_its_head_behind_a_batch_norm_and_these_peak_rates(size, lr, scratch):

@@ -39,8 +39,8 @@ def test_each_factor_is_compared_at_its_higher_level_with_its_lower_one(cells):
         assert abs(finding.mean - effect) < 0.02
     for name in instrument.SETS:
         assert found[f"{name}: the former recipe above k-NN"].verdict == OPPOSITE
-        assert [found[f"{name}: {step}"].verdict for step in ("more steps alone", "then the higher rate",
-                                                              "then batch norm")] == [SEEN, SEEN, OPPOSITE]
+    assert [found[f"digits: {step}"].verdict for step in ("more steps alone", "then the higher rate",
+                                                          "then batch norm")] == [SEEN, SEEN, OPPOSITE]
 
 
 def test_the_held_out_images_choose_an_arm_and_the_test_images_do_not(cells):
