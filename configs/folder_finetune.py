@@ -21,11 +21,10 @@ state, for few images, when there is nothing to select); `plain` (no mixup, cutm
 slowed down by; `laptop` has none); `runlocal`.
 
 There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
-smaller batches, and with three changes for few labels, measured with a small encoder (studies/finetune/instrument.md):
-at least 400 steps; for Ti and S four times the rate, whose peak is then that of MAE's ViT-B at its batch of 1024; and a
-batch norm before the head, where MAE has a layer norm (--config.method.head=linear). The recipe has not been run to its
-end with Ti, S or B. If classes differ by color, or by left and right, set --config.data.color=none or
---config.data.flip=False.
+smaller batches, and with changes for few labels, measured with small encoders (studies/finetune/instrument.md): at least
+400 steps; a higher rate, which for Ti and S peaks where MAE's ViT-B does at its batch of 1024; and a batch norm before
+the head, where MAE has a layer norm (--config.method.head=linear). The recipe has not been run to its end with Ti, S or
+B. If classes differ by color, or by left and right, set --config.data.color=none or --config.data.flip=False.
 """
 
 from functools import partial
@@ -65,15 +64,13 @@ def laptop(config: ConfigDict) -> None:
     config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0))
     config.eval.crop_ratio = (1.0,)
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4), auto=())
-    config.optim.lr = 1.2e-2  # as configs/quickstart_finetune.py
+    config.optim.lr = 4e-2  # a peak of 5e-3, which validation chose of three (studies/finetune/study.py)
     plain(config)
 
 
 def scratch(config: ConfigDict) -> None:
-    """Trains from random weights: longer, with the full learning rate in every layer; Ti and S with a lower one."""
-    config.optim.layer_decay = 1.0
-    if config.model.depth == 12:
-        config.optim.lr = min(config.optim.lr, 2e-3)  # no layer decay slows down the first blocks
+    """Trains from random weights: longer, with one learning rate in all layers, which is lower for small encoders."""
+    config.optim.update(lr={128: 1.2e-2, 192: 2e-3, 384: 2e-3, 768: 1e-3}[config.model.width], layer_decay=1.0)
     config.train.duration = "300 epochs, at least 1200 steps"
 
 
