@@ -21,10 +21,10 @@ state, for few images, when there is nothing to select); `plain` (no mixup, cutm
 slowed down by; `laptop` has none); `runlocal`.
 
 There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
-smaller batches, and with changes for few labels, measured with small encoders (studies/finetune/instrument.md): at least
-400 steps; a higher rate, which for Ti and S peaks where MAE's ViT-B does at its batch of 1024; and a batch norm before
-the head, where MAE has a layer norm (--config.method.head=linear). The recipe has not been run to its end with Ti, S or
-B. If classes differ by color, or by left and right, set --config.data.color=none or --config.data.flip=False.
+smaller batches, and with changes for few labels, measured with small encoders (studies/finetune/instrument.md): at
+least 400 steps; a higher rate, which for Ti and S peaks where MAE's ViT-B does at its batch of 1024; and a batch norm
+before the head, where MAE has a layer norm (--config.method.head=linear). The recipe has not been run to its end with
+Ti, S or B. If classes differ by color, or by left and right, set --config.data.color=none or --config.data.flip=False.
 """
 
 from functools import partial
