@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mae_jax.errors import UserError
 
-_LIMIT = ", at most "
+_LIMITS = {", at most ": min, ", at least ": max}
 MAX_STEPS = 2**31 - 1  # most steps of a run: TrainState counts them in 32 bits
 
 
@@ -64,8 +64,8 @@ def steps(duration: str, batch_size: int, examples: int) -> int:
     """Converts a duration to steps, rounded down.
 
     Args:
-      duration: '800 epochs', '100 steps' or '5e6 examples'; '4e8 examples, at most 5000 epochs' is the shorter of two;
-        '' gives 0.
+      duration: '800 epochs', '100 steps' or '5e6 examples'; '4e8 examples, at most 5000 epochs' is the shorter of two,
+        '100 epochs, at least 400 steps' the longer; '' gives 0.
       batch_size: examples per step.
       examples: examples per epoch.
 
@@ -74,14 +74,17 @@ def steps(duration: str, batch_size: int, examples: int) -> int:
     """
     if not duration:
         return 0
-    return min(_steps(part, batch_size, examples) for part in duration.split(_LIMIT, 1))
+    for limit, choose in _LIMITS.items():
+        if limit in duration:
+            return choose(_steps(part, batch_size, examples) for part in duration.split(limit, 1))
+    return _steps(duration, batch_size, examples)
 
 
 def _steps(duration: str, batch_size: int, examples: int) -> int:
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{0,18})?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
     if not match:
         raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples', or "
-                        "two of these as '5e6 examples, at most 800 epochs'")
+                        "two of these as '5e6 examples, at most 800 epochs' or '100 epochs, at least 400 steps'")
     amount, unit = float(match[1]), match[2].rstrip("s")
     per_step = {"epoch": batch_size / max(examples, 1), "step": 1, "example": batch_size}[unit]
     # The tolerance compensates for rounding: 3 · (1/3) must not become 0.

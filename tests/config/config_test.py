@@ -25,7 +25,8 @@ RECIPES = sorted(Path("configs").glob("*.py"))
 @pytest.mark.parametrize(("duration", "count"), [
     ("800 epochs", 800 * 1_281_167 // 4096), ("1 epoch", 312), ("0.5 epochs", 156), ("100 steps", 100), ("1 step", 1),
     ("5e6 examples", 1220), ("4096 examples", 1), ("4095 examples", 0), ("", 0), (" 7  steps ", 7), ("1e2 steps", 100),
-    ("4e8 examples, at most 300 epochs", 300 * 1_281_167 // 4096), ("5e6 examples, at most 300 epochs", 1220)])
+    ("4e8 examples, at most 300 epochs", 300 * 1_281_167 // 4096), ("5e6 examples, at most 300 epochs", 1220),
+    ("1 epochs, at least 400 steps", 400), ("2 epochs, at least 400 steps", 625)])
 def test_durations_become_whole_steps(duration, count):
     assert steps(duration, batch_size=4096, examples=1_281_167) == count
 
@@ -38,7 +39,8 @@ def test_a_duration_in_examples_and_epochs_of_the_same_length_agree():
 
 
 @pytest.mark.parametrize("duration", [
-    "800", "5 steps, at most", "5 steps, at least 4 steps", "epochs", "800 epoch s", "-3 steps", "1.2.3 steps", ".",
+    "800", "5 steps, at most", "5 steps, at least", "5 steps, at least 4", "1 step, at least 2 steps, at most 3 steps",
+    "epochs", "800 epoch s", "-3 steps", "1.2.3 steps", ".",
     ". steps", "1e400 steps", "ten steps", "5 batches"])
 def test_a_duration_that_cannot_be_read_is_refused_with_examples(duration):
     with pytest.raises(UserError, match="'800 epochs', '100 steps' or '5e6 examples'"):

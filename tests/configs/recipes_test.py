@@ -12,7 +12,7 @@ from mae_jax import presets
 from mae_jax.commands import recipes
 from mae_jax.config import for_platform, validate
 from mae_jax.data import ASSUMED
-from mae_jax.durations import steps
+from mae_jax.durations import Timeline, steps
 from mae_jax.errors import UserError
 from mae_jax.methods import build
 from mae_jax.methods.base import Method
@@ -287,6 +287,32 @@ def test_a_folders_validation_part_is_no_part_of_what_is_learned_from():
     everything = resolved("folder_finetune:all")
     assert (everything.data.train_split, everything.data.val_split) == ("train", "")
     assert everything.checkpoint.best_metric == ""
+
+
+def test_fine_tuning_on_a_folder_takes_steps_enough_for_few_images_and_epochs_for_many():
+    config = resolved("folder_finetune:all")
+    few, many = (Timeline.of(config, examples) for examples in (60, 6400))
+    assert (few.total, few.warmup, few.eval_every, few.save_every) == (400, 20, 20, 20)
+    assert (many.total, many.warmup, many.eval_every, many.save_every) == (10_000, 500, 500, 500)
+    assert Timeline.of(resolved("folder_finetune:scratch,all"), 60).total == 1200
+
+
+def test_fine_tuning_on_a_folder_mixes_no_images_on_a_laptop_or_where_it_is_told_so():
+    def mixing(text):
+        config = resolved(text)
+        return config.data.color, config.method.mixup, config.method.cutmix
+
+    assert mixing("folder_finetune") == mixing("folder_finetune:S,all") == ("rand", 0.8, 1.0)
+    assert mixing("folder_finetune:plain") == mixing("folder_finetune:laptop,all") == ("none", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("size", "lr", "scratch"), [
+    ("Ti", 2e-3, 5e-4), ("S", 2e-3, 5e-4), ("B", 2.5e-4, 2.5e-4), ("laptop", 5e-3, 1.5e-3)])
+def test_fine_tuning_on_a_folder_has_its_head_behind_a_batch_norm_and_these_peak_rates(size, lr, scratch):
+    config = resolved(f"folder_finetune:{size}")
+    assert config.method.head == "probe"
+    assert peak_lr(config) == pytest.approx(lr)
+    assert peak_lr(resolved(f"folder_finetune:{size},scratch")) == pytest.approx(scratch)
 
 
 @pytest.mark.parametrize(("size", "pretraining"), [("Ti", "folder:Ti"), ("S", "folder:S"), ("B", "vit_b_mae"),

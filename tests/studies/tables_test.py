@@ -7,14 +7,14 @@ import pytest
 
 from studies import cells as shared
 
-STUDIES = {"finetune": "results", "quickstart": "results", "mixing": "results_cpu", "negative_transfer": "results_cpu",
-           "small_data": "results_cpu"}
+STUDIES = {"finetune.study": "results", "finetune.instrument": "instrument", "quickstart.study": "results",
+           "mixing.study": "results_cpu", "negative_transfer.study": "results_cpu", "small_data.study": "results_cpu"}
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_committed_table_is_that_of_the_committed_cells(name):
-    study = importlib.import_module(f"studies.{name}.study")
-    results = Path("studies", name, f"{STUDIES[name]}.jsonl")
+    study = importlib.import_module(f"studies.{name}")
+    results = Path("studies", name.split(".")[0], f"{STUDIES[name]}.jsonl")
     size = (study.SIZES["cpu"],) if hasattr(study, "SIZES") else ()
     assert results.with_suffix(".md").read_text() == study.table(*size, shared.read(results))
 
