@@ -42,8 +42,9 @@ def train(seed: int) -> Cell:
 
 def three(cell: Cell, probe: str) -> tuple[float, float, float]:
     """Returns top-1 of a probe: of raw pixels, of the untrained encoder, of the trained one."""
-    name = f"eval/{probe}/"
-    return cell["before"][f"{name}pixels_top1"], cell["before"][f"{name}top1"], cell["after"][f"{name}top1"]
+    name, before, after = f"eval/{probe}/", cell["before"], cell["after"]
+    # Pixels are measured with the last evaluation; the committed cells have them from the first one.
+    return (before | after)[f"{name}pixels_top1"], before[f"{name}top1"], after[f"{name}top1"]
 
 
 def table(cells: list[Cell]) -> str:
