@@ -25,8 +25,8 @@ HEADER = """# Configuration
 Every field of the config: its default, what it is, and where the default is from. A recipe under `configs/` states only
 what differs from these; each field can be overridden on the command line: `--config.optim.lr=1e-4`,
 `--config.data.image_size='(128, 128)'`. Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`,
-`'5e6 examples, at most 800 epochs'`, `'100 epochs, at least 400 steps'`. `python docs/make_configuration.py` writes this
-page from `mae_jax/config/__init__.py` and `mae_jax/methods/fields.py`; do not edit it.
+`'5e6 examples, at most 800 epochs'`, `'100 epochs, at least 400 steps'`. `python docs/make_configuration.py` writes
+this page from `mae_jax/config/__init__.py` and `mae_jax/methods/fields.py`; do not edit it.
 """
 
 

@@ -13,9 +13,9 @@ encoder's norm of each patch. All else is as in configs/folder_finetune.py, but 
 and not mirrored, and for mixup, cutmix and RandAugment. Two arms of digits have these three too (`mixed`), and two a
 third rate, of which no claim is made. 500 held-out images of the training split choose, 1,000 of the test split are
 reported; both are read once, with the last weights. What differs by seed is the encoder and the labeled images; the
-other draws of fine-tuning are those of seed 0. More cells were planned of clothes, and mixed ones; they were cut to what
-is here, for want of time, when the digits' eight combinations had been seen. Two of the questions about mixing were
-added when two seeds of it had been seen. Lines of cells that are no longer planned enter no table.
+other draws of fine-tuning are those of seed 0. More cells were planned of clothes, and mixed ones; they were cut to
+what is here, for want of time, when the digits' eight combinations had been seen. Two of the questions about mixing
+were added when two seeds of it had been seen. Lines of cells that are no longer planned enter no table.
 
 The mechanism is measured on the frozen encoder: what share of the squared norm of its features, behind either norm,
 differs between images, and how far a linear layer of its own comes on them, by AdamW with the same rates, batches and
