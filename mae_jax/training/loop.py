@@ -45,11 +45,14 @@ def train(config: ConfigDict, folder: str, alone: bool = True) -> int:
     Args:
       config: the config of the run.
       folder: the workdir.
-      alone: False for one run of a series, which prints no next steps at its end.
+      alone: False for one run of a series, which prints no next steps at its end, and returns `errors.STOPPED` if a
+        signal came after its last step.
     """
     startup_timer.begin()
     with SignalHandler() as stopper:
-        return _train(config, folder, stopper, config.guard.stall_seconds, alone)
+        code = _train(config, folder, stopper, config.guard.stall_seconds, alone)
+        # A signal after the last step leaves nothing to stop of this run, but the series must not go on.
+        return errors.STOPPED if not (alone or code) and peers.first_true(stopper.requested) else code
 
 
 def train_as_guest(config: ConfigDict, folder: str) -> None:

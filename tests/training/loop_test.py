@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import time
 
@@ -14,11 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from mae_jax import errors
 from mae_jax.data.sources import folder as sources_folder
 from mae_jax.errors import GuardError, UserError
 from mae_jax.evals import context
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
+from mae_jax.runtime.signals import SignalHandler
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training import loop, replay
@@ -315,3 +319,22 @@ def test_the_pass_of_evaluations_is_traced_once_ahead_and_not_again(tmp_path, mo
                           **({"method.classes": 0} if method == "supervised" else {})}, method)
     assert loop.train(config, str(tmp_path)) == 0
     assert [name.partition("_")[0] for name in traced] == ["compile"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("alone", "code"), [(True, errors.FINISHED), (False, errors.STOPPED)])
+def test_a_signal_after_the_last_step_ends_the_series_and_the_run_is_finished(tmp_path, monkeypatch, alone, code):
+    save, stoppers = loop.Checkpoints.save, []
+    monkeypatch.setattr(loop, "SignalHandler", lambda: stoppers.append(SignalHandler()) or stoppers[-1])
+
+    def signalled(self, step, state) -> None:
+        save(self, step, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stoppers[-1].requested:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", signalled)
+    config = tiny_config({"eval.every": "", "train.duration": "2 steps", "checkpoint.every": "2 steps"})
+    assert loop.train(config, str(tmp_path), alone) == code
+    assert (tmp_path / "DONE").read_text() == "2\n"
+    assert loop.train(config, str(tmp_path), alone) == errors.FINISHED
