@@ -14,6 +14,7 @@ from mae_jax.data import audit, outlines, rle
 from mae_jax.data.decode import BadImage, StoredImage
 from mae_jax.data.sources import coco, coco_annotations, coco_files, registry
 from mae_jax.errors import UserError
+from mae_jax.storage import gcs as storage_gcs
 from tests.helpers import coco_data
 from tests.helpers.coco_data import SIZE, square
 
@@ -61,24 +62,32 @@ def test_coco_as_it_is_published(tmp_path):
 
 
 def test_a_bucket_gives_what_the_disk_gives_in_few_requests(gcs, tmp_path):
+    storage_gcs.check("gs://bucket")  # as commands do before anything else: listings are not cached from here on
     local, bucket = tmp_path / "coco", epath.Path("gs://bucket/coco")
     coco_data.coco(local)
     for number in range(40):  # without annotations
         coco_data.image(local / "train2017", f"more{number}.png", number)
     for file in filter(Path.is_file, local.rglob("*")):
         (bucket / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
+
+    def asked() -> list[str]:
+        """Returns the requests since the last call; what other tests left may ask as well."""
+        found, gcs.requests[:] = [request for request in gcs.requests if "coco" in request], []
+        return found
+
     here = [(load(local, split), split) for split in ("train", "val")]
     forget()
-    before = len(gcs.requests)
     for source, split in here:
+        asked()
         there = load(bucket, split)
         assert names(there) == names(source)
         assert there.classes == source.classes
+        assert len(opening := asked()) < 40, opening
         for i in range(source.size):
-            assert there.read(i).image == source.read(i).image
-            np.testing.assert_array_equal(there.read(i).objects.box, source.read(i).objects.box)
-    ours = [request for request in gcs.requests[before:] if "coco" in request]  # what other tests left may ask as well
-    assert len(ours) < 40, ours
+            found, wanted = there.read(i), source.read(i)
+            assert found.image == wanted.image
+            np.testing.assert_array_equal(found.objects.box, wanted.objects.box)
+        assert len(reading := asked()) == source.size, reading
     with pytest.raises(UserError, match="neither a folder nor a file"):
         load("gs://bucket/nothing")
 
