@@ -80,8 +80,9 @@ def run(arm: str, folder: str, minutes: float, rate: float) -> list[dict[str, fl
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Returns the results as Markdown."""
-    lines = ["# Memory of the input over time", "", "What each process and those that it started hold, by proportional set "
-             "size (`python benchmarks/input_memory.py --minutes=60 --rate=8`).", "",
+    lines = ["# Memory of the input over time", "",
+             "What each process and those that it started hold, by proportional set size "
+             "(`python benchmarks/input_memory.py --minutes=60 --rate=8`).", "",
              "| arm | minutes | images | MiB after 1 minute | at half time | at the end | MiB per hour, second half "
              "| open files, first and last | processes |", "|" + " --- |" * 9]
     for arm, found in rows.items():
