@@ -175,7 +175,7 @@ def test_a_mistake_on_one_process_ends_all_with_its_line(place):
     folder = place / "mistaken"
     run = start(folder, place / "compiled", devices=2, fields={"only": {"1": {"data.path": str(place / "nowhere")}}})
     assert ends(run, 60) == [2, 2]
-    line = f"error: data.path='{place}/nowhere' holds no meta.json of cached batches"
+    line = f"error: data.path='{place}/nowhere' has no meta.json of cached batches"
     assert output(folder, 1).startswith(line)
     assert f"process 1 stopped: {line}" in output(folder, 0)
 

@@ -122,7 +122,7 @@ def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog
 @pytest.mark.slow
 def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):
     config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps", "eval.every": ""})
-    with pytest.raises(GuardError, match=r"2 steps .* step \d+; .*--mode=replay") as error:
+    with pytest.raises(GuardError, match=r"2 steps .* step \d+; .*mae_jax replay") as error:
         loop.train(config, str(tmp_path))
     assert f"--workdir={tmp_path}" in str(error.value)
     saved = {int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()}
