@@ -303,10 +303,10 @@ def table(cells: list[Cell]) -> str:
         for what, key in (("k-NN", "knn"), ("linear probe", "linear")):
             test, val = ([*reference(cells, f"{key}_{part}", name).values()] for part in ("test", "val"))
             lines.append(f"| {what}, frozen | | | {len(test)} | {text(test)} | {text(val)} | | |")
-        for *each, mixed in (*((*each, False) for each in (*PLAIN[name], *BEYOND)), *((*each, True) for each in MIXED)):
-            if values := arm(cells, "test", name, *each, mixed):
-                lr, head, steps = each
-                rest = (arm(cells, key, name, *each, mixed) for key in ("val", "train_loss", "head_norm"))
+        plain = [(each, False) for each in (*PLAIN[name], *BEYOND)]
+        for (lr, head, steps), mixed in (*plain, *((each, True) for each in MIXED)):
+            if values := arm(cells, "test", name, lr, head, steps, mixed):
+                rest = (arm(cells, key, name, lr, head, steps, mixed) for key in ("val", "train_loss", "head_norm"))
                 lines.append(f"| {lr:g} | {head}{', mixed' if mixed else ''} | {steps} | {len(values)} | "
                              f"{text([*values.values()])} | {' | '.join(short(other) for other in rest)} |")
         lines += ["", *mechanism(cells, name), ""]
