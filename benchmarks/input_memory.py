@@ -28,24 +28,10 @@ RESULTS = Path(__file__).parent / "results" / "input_memory.json"
 BATCH = 16
 
 
-def descendants() -> list[int]:
-    """Returns the ids of this process and of all living ones that it started."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
-            continue
-    ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return sorted(ours)
-
-
 def held() -> dict[str, float]:
     """Returns what this process and those that it started hold: MiB of memory, open files, threads, processes."""
     total = {"mib": 0.0, "files": 0, "threads": 0, "processes": 0}
-    for pid in descendants():
+    for pid in input_pipeline.descendants():
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             total["mib"] += int(rollup.split("Pss:")[1].split()[0]) / 1024

@@ -55,20 +55,23 @@ def make_pictures(folder: Path) -> float:
     return statistics.mean(sizes)
 
 
-def processor_time() -> float:
-    """Returns seconds of processor time of this process and of all that came of it and live (Linux)."""
-    ticks, parents = {}, {}
+def descendants() -> dict[int, list[str]]:
+    """Returns process id → fields of /proc/<id>/stat after the name, of this process and those it started (Linux)."""
+    stats = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = file.read_text().rpartition(")")[2].split()
+            stats[int(file.parent.name)] = file.read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
-        pid = int(file.parent.name)
-        parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
     ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+    while more := {pid for pid, fields in stats.items() if int(fields[1]) in ours} - ours:
         ours |= more
-    return sum(ticks[pid] for pid in ours) / os.sysconf("SC_CLK_TCK")
+    return {pid: stats[pid] for pid in ours}
+
+
+def processor_time() -> float:
+    """Returns seconds of processor time of this process and of all that it started and that live (Linux)."""
+    return sum(int(fields[11]) + int(fields[12]) for fields in descendants().values()) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(batches: Iterator[Any], images: int) -> dict[str, float]:

@@ -66,8 +66,8 @@ def evaluations() -> tuple[Evaluation, ...]:
             raise UserError(f"the evaluation {name!r} of a plug-in has the attribute "
                             f"name={getattr(each, 'name', None)!r}; both must be the same")
         if each.when not in get_args(When):
-            known_times = did_you_mean(each.when, get_args(When))
-            raise UserError(f"the evaluation {name!r} has when={each.when!r}; {known_times}")
+            hint = did_you_mean(each.when, get_args(When))
+            raise UserError(f"the evaluation {name!r} has when={each.when!r}; {hint}")
     return tuple(known.values())
 
 
@@ -126,8 +126,9 @@ class Evaluator:
         Returns:
           '<part>/<metric>' → value.
         """
-        with self._compiling:
-            out: Figures = {}
+        with self._compiling:  # waits for another thread's `compile`
+            pass
+        out: Figures = {}
         for kind, params in self._weights(state):
             notes = {} if out else self.notes
             out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)
