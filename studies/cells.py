@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 Cell = dict[str, Any]
 
@@ -31,11 +34,15 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
     """Runs the cells that are not done, appends each to the file and to `cells`, and calls `after`.
 
     The cells of a stage need nothing of one another and may run at the same time, `workers` of them, which then share
-    the device: such a study must not take times from them.
+    the device: such a study must not take times from them. Each has its own part of the cores where it can be set.
     """
     if workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        numbers = context.SimpleQueue()
+        for number in range(workers):
+            numbers.put(number)
+        with ProcessPoolExecutor(workers, context, pin, (numbers, workers)) as pool:
             def run_all(todo: list[Cell]) -> Iterator[Cell]:
                 """Yields all that succeed before it raises what did not."""
                 failed, submitted = [], {pool.submit(run, cell): cell for cell in todo}
@@ -57,6 +64,13 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
         _go_on(file, cells, stages, lambda todo: map(run, todo), after)
 
 
+def pin(numbers: "multiprocessing.SimpleQueue[int]", workers: int) -> None:
+    """Gives this process every `workers`-th core, before JAX makes as many threads as it sees cores."""
+    number = numbers.get()
+    if hasattr(os, "sched_setaffinity") and (mine := sorted(os.sched_getaffinity(0))[number::workers]):
+        os.sched_setaffinity(0, mine)
+
+
 def _go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]],
            run_all: Callable[[list[Cell]], Iterable[Cell]], after: Callable[[], None]) -> None:
     for stage in stages:
@@ -71,8 +85,11 @@ def limited(stages: Iterable[list[Cell]], cells: list[Cell], count: int = 0, hou
             at_once: int = 1) -> Iterator[list[Cell]]:
     """Yields stages, cut into parts of `at_once` cells, until `count` are done or `hours` have passed; 0: no limit.
 
-    What is begun is ended.
+    What is begun is ended. Without a limit, stages are whole: a worker need not wait for the slower ones of its part.
     """
+    if not count and not hours:
+        yield from stages
+        return
     begun, there = time.monotonic(), len(cells)
     for stage in stages:
         todo = [cell for cell in stage if not any(matches(other, cell) for other in cells)]
@@ -107,6 +124,23 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
     return number
+
+
+def trained(config: ConfigDict, folder: Path | None, work: Path) -> dict[str, float]:
+    """Trains in a folder, or in one that is deleted. Returns the last value of each metric.
+
+    Compiled programs are kept under `work`.
+    """
+    from mae_jax.training import loop  # imports JAX, which a process of cells does after it is pinned
+
+    programs = work / "programs"
+    programs.mkdir(exist_ok=True)
+    with config.unlocked():
+        config.train.compilation_cache = str(programs)
+    with tempfile.TemporaryDirectory(dir=work) as other:
+        if loop.train(config, str(folder or other), alone=False):
+            raise SystemExit(f"{folder or config.method.name} did not finish")
+        return last_values(folder or Path(other))
 
 
 def last_values(folder: Path) -> dict[str, float]:

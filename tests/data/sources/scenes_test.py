@@ -30,7 +30,7 @@ def clothes(tmp_path_factory):
 
 
 def load(path, split="train"):
-    fashion_scenes._clothes.cache_clear()
+    fashion_scenes.clothes.cache_clear()
     return registry.load(ConfigDict({"source": "fashion_scenes", "path": str(path)}), split)
 
 
