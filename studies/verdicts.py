@@ -176,6 +176,13 @@ def planned_power(pilot: Finding, seeds: int, comparisons: int) -> float:
     return power(pilot.margin, upper_deviation(pilot.deviation, pilot.pairs), seeds, comparisons)
 
 
+def outlook(findings: Sequence[Finding], pilots: int, seeds: int) -> list[str]:
+    """Returns a line for each comparison that has the seeds of a pilot and not yet all: the power it will have."""
+    return [f"- {found.claim}: with {seeds} seeds, {found.margin:g} would be seen with a power of "
+            f"{planned_power(found, seeds, len(findings)):.2f} at least"
+            for found in findings if pilots <= found.pairs < seeds and found.deviation]
+
+
 def equivalence_power(margin: float, deviation: float, pairs: int, comparisons: int = 1) -> float:
     """Returns the least power of the two one-sided tests where there is no effect at all, likewise.
 
