@@ -24,7 +24,7 @@ There is no published recipe for this; the values are our choice: those of MAE's
 smaller batches, and with changes for few labels, measured with small encoders (studies/finetune/instrument.md): at
 least 400 steps; a higher rate, which for Ti and S peaks where MAE's ViT-B does at its batch of 1024; and a batch norm
 before the head, where MAE has a layer norm (--config.method.head=linear). `laptop` has no layer-wise decay, which costs
-so small an encoder accuracy; the other sizes have MAE's, unmeasured. The recipe has not been run to its end with
+so small an encoder accuracy; the other sizes have 0.75, unmeasured. The recipe has not been run to its end with
 Ti, S or B. If classes differ by color, or by left and right, set --config.data.color=none or --config.data.flip=False.
 """
 

@@ -131,7 +131,7 @@ def trained(config: ConfigDict, folder: Path | None, work: Path) -> dict[str, fl
 
     Compiled programs are kept under `work`.
     """
-    from mae_jax.training import loop  # imports JAX, which a process of cells does after it is pinned
+    from mae_jax.training import loop  # imports JAX, which some studies leave to other processes
 
     programs = work / "programs"
     programs.mkdir(exist_ok=True)

@@ -19,8 +19,8 @@ nothing. If it does so for no measure of a task after three seeds, the task's ot
 those of studies/verdicts.py, corrected for all comparisons. Sizes, steps, rates, floors, ceilings and the differences
 that matter are ours.
 
-Segmentation has run with all seeds, and its check was too weak: a frozen encoder of random weights is as good as a
-trained one there, so that the task tells nothing of encoders. Of detection only pilots have run.
+Segmentation has run with all seeds, and its check was too weak: no difference between a frozen encoder of random
+weights and trained ones is seen there, so that the task tells nothing of encoders. Of detection only pilots have run.
 
 One JSON line per cell is in studies/dense/results_cpu.jsonl, the tables in .md.
 """

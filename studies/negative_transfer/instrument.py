@@ -5,11 +5,11 @@
                                                                          (resumes after an interruption)
 
 A narrow MAE is trained on four domains (domains.py), which it then clusters. Mixtures go on from it, each with one
-change of what an earlier study had (`before`): experts in the last two odd blocks, half of the first training's rate,
-0.4 of its steps, and gates that start undecided under noise. `all changes` has all of them. Each mixture is measured
-by how far its experts went from the MLP that they are copies of, and from each other; and by what the voted path of a
-domain is worth beside others, which is what MoCE lives by: the accuracy of a linear probe, and the error of
-reconstructing the domain's images. Differences are means over the four domains.
+change of the proportions that study.py has (`before`): experts in the last two odd blocks, half of the first
+training's rate, 0.4 of its steps, and gates that start undecided under noise. `all changes` has all of them. Each
+mixture is measured by how far its experts went from the MLP that they are copies of, and from each other; and by what
+the voted path of a domain is worth beside others, which is what MoCE lives by: the accuracy of a linear probe, and
+the error of reconstructing the domain's images. Differences are means over the four domains.
 
 Three seeds are planned and two have run: this describes an instrument, and gives no verdict. All values are our
 choice. One JSON line per cell is in studies/negative_transfer/instrument.jsonl, the table in instrument.md.

@@ -15,7 +15,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.commands.cluster.images import cluster
-from mae_jax.commands.export.expert_path import Task, count_cluster_votes, extracted, most_voted, votes_per_path
+from mae_jax.commands.export.expert_path import (
+    Task,
+    cluster_paths,
+    count_cluster_votes,
+    extracted,
+    most_voted,
+    votes_per_path,
+)
 from mae_jax.config import default, resolved
 from mae_jax.data import NO_DATA, DataInfo
 from mae_jax.data.cluster_ids import Clusters
@@ -78,13 +85,11 @@ class Paths:
 
     def __init__(self, mixture: Path, file: Path):
         self.config, self.file = workdir.config_of(str(mixture)), file
-        self.params, self.extras = split_eval_params(load_params(str(mixture), extras=True))
+        params, extras = split_eval_params(load_params(str(mixture), extras=True))
+        self.params = params
         self.clusters = Clusters.read(self.config.method.clusters)
         self.method = MoCE(resolved(self.config), DataInfo(clusters=self.clusters))
-        tables = self.method.probabilities(self.params, self.extras)
-        self.table = {block: np.asarray(each) for block, each in tables.items()}
-        self.of_cluster = [tuple(int(each[cluster].argmax()) for each in self.table.values())
-                           for cluster in range(self.method.num_clusters)]
+        self.table, self.of_cluster = cluster_paths(self.method, params, extras)
 
     def voted(self, domain: str) -> tuple[int, ...]:
         """Returns the path with the most votes of a domain's training images."""
@@ -137,6 +142,7 @@ def errors(params: Any, patches: jax.Array, order: jax.Array) -> jax.Array:
     return method.loss(params, {}, batch, jax.random.key(0), jnp.zeros((), jnp.int32), train=True)[0]
 
 
+@functools.cache
 def images(file: Path, domain: str, split: str) -> Pair:
     """Returns the patches uint8 [n, N, P] of a domain's images, and their labels int32 [n]."""
     with np.load(file) as arrays:

@@ -72,9 +72,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
     method = MoCE(resolved(config), DataInfo(clusters=found))
     method.check_data()
     method.check_extras(extras)
-    table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
-    clusters = range(method.num_clusters)
-    of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in clusters]
+    table, of_cluster = cluster_paths(method, params, extras)
     about = count_cluster_votes(found, paths.locate(config.method.clusters, "method.clusters"), task)
     votes = votes_per_path(of_cluster, about.votes)
     report = [f"path {name(path)}: {share:.1%} of the task's images" for path, share in ranked(votes) if share > 0]
@@ -96,6 +94,13 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
         report.append(f"folded the mean gate into the experts; gates of the task's images on this path are off by "
                       f"{error:.1%} on average")
     return ExtractedExpert(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
+
+
+def cluster_paths(method: MoCE, params: Any, extras: Any) -> tuple[dict[int, np.ndarray], list[Path]]:
+    """Returns the routing table, block → gate probabilities float32 [m, E], and the path of each cluster."""
+    table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
+    return table, [tuple(int(each[cluster].argmax()) for each in table.values())
+                   for cluster in range(method.num_clusters)]
 
 
 def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
