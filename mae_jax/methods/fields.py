@@ -108,8 +108,10 @@ SUPERVISED: dict[str, Any] = {
 SEGMENT: dict[str, Any] = {
     "classes": 2,  # number of classes of pixels; pixels with larger values in the mask are ignored
     "background": 0,  # class around the objects, for how well attention covers these; -1: none
-    "head": "linear",  # linear, on patch tokens; upernet: pyramid pooling and FPN of four blocks (arXiv 1807.10221)
-    "block": -1,  # block whose tokens a linear head classifies; -1: the last, after the encoder's norm
+    # linear, on patch tokens; probe: the same behind a batch norm without scale and shift (DINOv2); upernet: pyramid
+    # pooling and FPN of four blocks (arXiv 1807.10221).
+    "head": "linear",
+    "block": -1,  # block whose tokens head=linear or probe classifies; -1: the last, after the encoder's norm
     "train_blocks": 0,  # blocks that are trained with the head, from the last; -1: the whole encoder
     # Evaluation at the images' own size beside that at the model's: slide: in windows; whole: in one pass; none
     # (docs/segmentation.md).

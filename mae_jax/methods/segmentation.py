@@ -17,21 +17,22 @@ from mae_jax.models.heads import Head
 from mae_jax.models.layers import layer_norm
 from mae_jax.models.map_norms import MOMENTS
 from mae_jax.models.vit import make_encoder, with_grid
-from mae_jax.ops import resampling
+from mae_jax.ops import batch_norm, resampling
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
 HEAD_STD = 0.01  # initial standard deviation of the head's kernel, that of MAE's linear probe (A.1)
 EPS = 1e-6  # of the norm before the linear head
-HEADS, NORMS, TESTS = ("linear", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
+HEADS, NORMS, TESTS = ("linear", "probe", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
 
 
 class Segment(Method):
     """Semantic segmentation with the head of `method.head`.
 
-    'linear': classifies the patch tokens of one block, as in DINOv2's linear protocol (arXiv 2304.07193, 7.4). The
-    tokens are normalized by the encoder's final norm or, after an earlier block, by a layer norm without parameters,
-    where DINOv2 has a batch norm (our choice: it needs no statistics of other images).
+    'linear': classifies the patch tokens of one block, normalized by the encoder's final norm or, after an earlier
+    block, by a layer norm without parameters.
+    'probe': the same behind a batch norm without scale and shift, as in DINOv2's linear protocol (arXiv 2304.07193,
+    7.4). The features of small encoders need it: they differ little from one image to another.
     'upernet': the protocol of MAE and BEiT on ADE20K, and later variants (docs/segmentation.md).
     """
 
@@ -71,7 +72,7 @@ class Segment(Method):
         factors = upernet.OF_PATCH_8 if upernet.has_small_patches(config) else upernet.FACTORS
         self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
                                        self.encoder.dtype, factors)
-        self.loss_spans_batch = bool(self.maps) and m.norm == "batch"
+        self.loss_spans_batch = m.head == "probe" or (m.head == "upernet" and m.norm == "batch")
         self.test = m.test
         self.stride: tuple[int, int] = tuple(step or side * 2 // 3 for step, side in
                                              zip(m.stride, self.grid.image_size, strict=True))
@@ -98,7 +99,8 @@ class Segment(Method):
             encoder_key, normalize(batch["patches"][:1]), batch["order"][:1])
         if not self.maps:
             head = self.head.init(head_key, tokens.astype(jnp.float32))
-            return {"encoder": encoder["params"], "head": head["params"]}, {}
+            extras = {"batch_norm": batch_norm.start(tokens.shape[-1])} if self.config.method.head == "probe" else {}
+            return {"encoder": encoder["params"], "head": head["params"]}, extras
         maps = [jnp.zeros((1, *self.grid.shape, tokens.shape[-1]), tokens.dtype)] * upernet.MAPS
         head = self.upernet.init(head_key, maps)
         extras = {MOMENTS: head[MOMENTS]} if MOMENTS in head else {}
@@ -121,7 +123,7 @@ class Segment(Method):
         """
         if self.maps:
             return self._upernet_logits(params, extras, batch, grid)[0][0]
-        return self._linear_logits(params, extras, batch, None, grid)
+        return self._linear_logits(params, extras, batch, grid)[0]
 
     def pixel_logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
         """Returns the logits of pixels float32 [B, height, width, C], at the model's image size."""
@@ -143,8 +145,8 @@ class Segment(Method):
         if self.maps:
             logits, extras = self._upernet_logits(params, extras, batch, key=key if train else None)
         else:
-            drop_path_mask = self.drop_path_mask(key, len(batch["order"])) if train else None
-            logits = (self._linear_logits(params, extras, batch, drop_path_mask),)
+            cells, extras = self._linear_logits(params, extras, batch, key=key if train else None)
+            logits = (cells,)
         classes = self.pixel_classes(batch)
         weight = (classes != segmentation.IGNORED).sum(dtype=jnp.float32)
         total, right = segmentation.over_pixels(logits[0], classes)
@@ -155,16 +157,23 @@ class Segment(Method):
             total = total + self.config.method.aux_weight * own
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
 
-    def _linear_logits(self, params: Params, extras: Extras, batch: Batch, drop_path_mask: jax.Array | None,
-                       grid: tuple[int, int] | None = None) -> jax.Array:
+    def _linear_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None,
+                       key: jax.Array | None = None) -> tuple[jax.Array, Extras]:
+        """Returns the logits float32 [B, h, w, C] of patches and new extras; see `_upernet_logits`."""
         encoder, weights = self._at(params, grid)
         block = self.config.method.block
+        drop_path_mask = None if key is None else self.drop_path_mask(key, len(batch["order"]))
         tokens = encoder.apply({"params": weights}, normalize(batch["patches"]), batch["order"], block=block,
                                drop_path_mask=drop_path_mask)[:, 1:].astype(jnp.float32)
         if block >= 0:
             tokens = jax.nn.standardize(tokens, epsilon=EPS)
+        if "batch_norm" in extras and key is None:
+            tokens = batch_norm.apply(tokens, extras["batch_norm"])
+        elif "batch_norm" in extras:
+            tokens, moments = batch_norm.train(tokens, batch["valid"], extras["batch_norm"])
+            extras = {**extras, "batch_norm": moments}
         logits = self.head.apply({"params": params["head"]}, tokens)
-        return logits.reshape(-1, *encoder.grid, logits.shape[-1])
+        return logits.reshape(-1, *encoder.grid, logits.shape[-1]), extras
 
     def _upernet_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None,
                         key: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], Extras]:
@@ -219,14 +228,14 @@ def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int
 
 def _check_upernet(config: ConfigDict) -> None:
     m = config.method
-    if m.head == "linear":
+    if m.head != "upernet":
         for field in ("blocks", "encoder_norm", "relative_position_bias"):
             if m[field] != fields.SEGMENT[field]:
-                raise UserError(f"method.{field}={m[field]!r} is read with method.head=upernet only; a linear head has "
+                raise UserError(f"method.{field}={m[field]!r} is read with method.head=upernet only; other heads have "
                                 "method.block")
         return
     if m.block != -1:
-        raise UserError(f"method.block={m.block} is read with method.head=linear only; upernet has method.blocks")
+        raise UserError(f"method.block={m.block} is not read with method.head=upernet, which has method.blocks")
     upernet.map_blocks(config)
     for field, least in (("head_width", 0), ("aux_width", 1)):
         if m[field] < least:

@@ -158,8 +158,9 @@ def test_several_labels_have_probabilities_of_their_own(tmp_path):
 @pytest.mark.slow
 def test_masks_are_what_the_segmentation_counts(tmp_path):
     config = tiny_segment({"data.source": "photo_mosaic", "method.classes": 17, "data.eval_split": "test[:20]",
-                           "method.background": -1, "data.mask_key": ""})
-    run = store_run(tmp_path / "run", config)
+                           "method.background": -1, "data.mask_key": "", "method.head": "probe"})
+    moments = {"mean": np.linspace(-1, 1, 32, dtype=np.float32), "var": np.linspace(0.1, 2, 32, dtype=np.float32)}
+    run = store_run(tmp_path / "run", config, extras={"batch_norm": moments})
     encoder = open_encoder(str(run), batch_size=8)
     score, written = predict(encoder, tmp_path / "masks")
     listed = rows(tmp_path / "masks" / "masks.csv")
@@ -173,6 +174,11 @@ def test_masks_are_what_the_segmentation_counts(tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counted = {name: value for line in lines for name, value in line.items()}
     assert {f"eval/{name}": value for name, value in score.figures().items()}.items() <= counted.items()
+    weights.export(str(run), str(tmp_path / "out.safetensors"), "mae_jax")  # with the batch norm folded into the head
+    pixels = photo_mosaic.load(config.data, splits.parse("test")).read(0).image
+    here, there = (prediction.of_images(open_encoder(str(source), batch_size=8), pixels)[0].mask
+                   for source in (run, tmp_path / "out.safetensors"))
+    np.testing.assert_array_equal(here, there)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
     method, batch = tiny_method(config), tiny_segment_batch(config)
     batch["valid"][2] = 0
     logits = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
-    method._linear_logits = lambda *_: jnp.asarray(logits)
+    method._linear_logits = lambda *_, **__: (jnp.asarray(logits), {})
     loss, (metrics, _) = method.loss({}, {}, batch, None, 0, False)
     mask = batch["pixel_label"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
     known = (mask < 3) & (batch["valid"] > 0)[:, None, None]
@@ -80,6 +80,33 @@ def test_an_earlier_block_is_classified_after_a_norm_without_parameters():
     np.testing.assert_allclose(logits, segmentation.upsample(wanted, (4, 4)), atol=1e-4)
 
 
+def test_a_probe_classifies_normalized_tokens_of_all_valid_images_and_follows_their_moments():
+    config = tiny_segment({"method.head": "probe"})
+    method, params, batch = tiny_method(config), tiny_params(config), tiny_segment_batch(config)
+    batch["valid"][6:] = 0
+    _, extras = jax.jit(method.init)(jax.random.key(0), batch)
+    tokens = np.asarray(method.encode(params, {}, batch), np.float64)[:, 1:]
+    head = {name: np.asarray(leaf, np.float64) for name, leaf in params["head"].items()}
+
+    def wanted(mean, var):
+        """The mean cross-entropy per pixel of a head behind these moments."""
+        cells = ((tokens - mean) / np.sqrt(var + 1e-6)) @ head["kernel"] + head["bias"]
+        logits = jnp.asarray(np.asarray(segmentation.upsample(cells.reshape(8, 4, 4, 3).astype(np.float32), (4, 4))))
+        total, _ = segmentation.over_pixels(logits, method.pixel_classes(batch))
+        return total / (np.asarray(method.pixel_classes(batch)) != segmentation.IGNORED).sum()
+
+    compute = jax.jit(method.loss, static_argnums=5)
+    loss, (_, after) = compute(params, extras, batch, jax.random.key(0), 0, True)
+    known = tokens[:6].reshape(-1, tokens.shape[-1])
+    np.testing.assert_allclose(loss, wanted(known.mean(0), known.var(0)), rtol=1e-4)
+    np.testing.assert_allclose(after["batch_norm"]["mean"], 0.1 * known.mean(0), atol=1e-5)
+    np.testing.assert_allclose(after["batch_norm"]["var"], 0.9 + 0.1 * known.var(0, ddof=1), rtol=1e-4)
+    loss, (_, still) = compute(params, after, batch, jax.random.key(0), 0, False)
+    np.testing.assert_allclose(loss, wanted(*(np.asarray(after["batch_norm"][name]) for name in ("mean", "var"))),
+                               rtol=1e-4)
+    np.testing.assert_array_equal(still["batch_norm"]["mean"], after["batch_norm"]["mean"])
+
+
 def test_a_head_on_random_features_learns_what_the_color_tells():
     config = tiny_segment({"optim.lr": 3.0, "optim.weight_decay": 0.0, "train.duration": "60 steps"})
     batch = tiny_segment_batch(config)
@@ -114,7 +141,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.blocks": "0,1"}, "method.blocks='0,1' is read with method.head=upernet only"),
     ({"method.relative_position_bias": True},
      "method.relative_position_bias=True is read with method.head=upernet only"),
-    ({"method.head": "upernet", "method.block": 1}, "method.block=1 is read with method.head=linear only"),
+    ({"method.head": "upernet", "method.block": 1}, "method.block=1 is not read with method.head=upernet"),
     ({"method.head": "upernet", "method.blocks": "0,0,1,2"}, "expected 4 of the blocks 0 to 1"),
     ({"method.head": "upernet", "method.blocks": "1,0,1,1"}, "in their order"),
     ({"method.head": "upernet", "method.norm": "group"}, "method.norm='group'"),
@@ -210,6 +237,8 @@ def test_batch_norm_refuses_micro_batches_and_layer_norm_takes_them():
     with pytest.raises(UserError, match=r"train\.accumulate=2"):
         tiny_program(config, jax.devices()[:1])
     tiny_program(tiny_segment({**UPERNET, "train.accumulate": 2, "method.norm": "layer"}), jax.devices()[:1])
+    with pytest.raises(UserError, match=r"train\.accumulate=2"):
+        tiny_program(tiny_segment({"method.head": "probe", "train.accumulate": 2}), jax.devices()[:1])
 
 
 @pytest.mark.slow
