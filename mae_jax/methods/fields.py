@@ -108,7 +108,7 @@ SUPERVISED: dict[str, Any] = {
 SEGMENT: dict[str, Any] = {
     "classes": 2,  # number of classes of pixels; pixels with larger values in the mask are ignored
     "background": 0,  # class around the objects, for how well attention covers these; -1: none
-    # linear, on patch tokens; probe: the same behind a batch norm without scale and shift (DINOv2); upernet: pyramid
+    # linear, on patch tokens; probe: the same behind a batch norm without scale and shift; upernet: pyramid
     # pooling and FPN of four blocks (arXiv 1807.10221).
     "head": "linear",
     "block": -1,  # block whose tokens head=linear or probe classifies; -1: the last, after the encoder's norm

@@ -31,8 +31,8 @@ class Segment(Method):
 
     'linear': classifies the patch tokens of one block, normalized by the encoder's final norm or, after an earlier
     block, by a layer norm without parameters.
-    'probe': the same behind a batch norm without scale and shift, as in DINOv2's linear protocol (arXiv 2304.07193,
-    7.4). The features of small encoders need it: they differ little from one image to another.
+    'probe': the same behind a batch norm, as in DINOv2's linear protocol (arXiv 2304.07193, 7.4), but without scale and
+    shift, which the layer has itself. Patches of small encoders may have one large vector in common, which it removes.
     'upernet': the protocol of MAE and BEiT on ADE20K, and later variants (docs/segmentation.md).
     """
 
@@ -145,7 +145,7 @@ class Segment(Method):
         if self.maps:
             logits, extras = self._upernet_logits(params, extras, batch, key=key if train else None)
         else:
-            cells, extras = self._linear_logits(params, extras, batch, key=key if train else None)
+            cells, extras = self._linear_logits(params, extras, batch, key=key, train=train)
             logits = (cells,)
         classes = self.pixel_classes(batch)
         weight = (classes != segmentation.IGNORED).sum(dtype=jnp.float32)
@@ -158,20 +158,20 @@ class Segment(Method):
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
 
     def _linear_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None,
-                       key: jax.Array | None = None) -> tuple[jax.Array, Extras]:
-        """Returns the logits float32 [B, h, w, C] of patches and new extras; see `_upernet_logits`."""
+                       key: jax.Array | None = None, train: bool = False) -> tuple[jax.Array, Extras]:
+        """Returns the logits float32 [B, h, w, C] of patches and new extras; `key` is of stochastic depth."""
         encoder, weights = self._at(params, grid)
         block = self.config.method.block
-        drop_path_mask = None if key is None else self.drop_path_mask(key, len(batch["order"]))
+        drop_path_mask = self.drop_path_mask(key, len(batch["order"])) if train and key is not None else None
         tokens = encoder.apply({"params": weights}, normalize(batch["patches"]), batch["order"], block=block,
                                drop_path_mask=drop_path_mask)[:, 1:].astype(jnp.float32)
         if block >= 0:
             tokens = jax.nn.standardize(tokens, epsilon=EPS)
-        if "batch_norm" in extras and key is None:
-            tokens = batch_norm.apply(tokens, extras["batch_norm"])
-        elif "batch_norm" in extras:
+        if "batch_norm" in extras and train:
             tokens, moments = batch_norm.train(tokens, batch["valid"], extras["batch_norm"])
             extras = {**extras, "batch_norm": moments}
+        elif "batch_norm" in extras:
+            tokens = batch_norm.apply(tokens, extras["batch_norm"])
         logits = self.head.apply({"params": params["head"]}, tokens)
         return logits.reshape(-1, *encoder.grid, logits.shape[-1]), extras
 

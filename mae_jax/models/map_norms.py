@@ -62,8 +62,8 @@ class BatchNorm(nn.Module):
             return (normal * scale + bias).astype(self.dtype), moments
 
         out, moments = of_batch(x, weight, scale, bias)
-        for name, variable in running.items():  # unchanged by a batch without valid images
-            variable.value = jnp.where(weight.any(), moments[name], before[name])
+        for name, variable in running.items():
+            variable.value = moments[name]
         return out
 
 

@@ -33,7 +33,7 @@ def train(features: jax.Array, weight: jax.Array, running: Moments, eps: float =
       eps: added to the variance.
 
     Returns:
-      The normalized features and the updated running moments.
+      The normalized features and the updated running moments, which a batch without rows leaves as they are.
     """
     axes, each = tuple(range(features.ndim - 1)), math.prod(features.shape[1:-1])
     weights = weight.reshape(-1, *[1] * (features.ndim - 1))
@@ -41,5 +41,6 @@ def train(features: jax.Array, weight: jax.Array, running: Moments, eps: float =
     mean = (features * weights).sum(axes) / count
     var = (jnp.square(features - mean) * weights).sum(axes) / count
     batch = {"mean": mean, "var": var * count / (count - 1)}
-    moments = jax.tree.map(lambda old, new: (1 - MOMENTUM) * old + MOMENTUM * new, running, batch)
+    moments = jax.tree.map(lambda old, new: jnp.where(weight.any(), (1 - MOMENTUM) * old + MOMENTUM * new, old),
+                           running, batch)
     return apply(features, {"mean": mean, "var": var}, eps), jax.lax.stop_gradient(moments)

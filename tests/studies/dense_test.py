@@ -7,50 +7,51 @@ import pytest
 from mae_jax.param_tree import flat
 from studies import cells as shared
 from studies.dense import study
+from tests.helpers.study_runs import run_all
 
 VALUES = {"box AP": 0.2, "mask AP": 0.1, "mIoU": 0.3}
 
 
-def done(cell, **values):
-    """Returns a cell with what a run would measure."""
-    found = {"pilot": {"val": -abs(cell.get("lr", 0) - 0.016)}, "pretrained": {}}.get(cell["kind"], VALUES | values)
-    return {**cell, **found}
+def runs(**measured):
+    """Returns all cells of the study; keywords: a measure's (scratch and mae, frozen) in place of VALUES and half."""
+    def found(cell):
+        if cell["kind"] != "trained":
+            return {"val": -abs(cell["lr"] - 0.032)} if cell["kind"] == "pilot" else {}
+        pairs = {name: (value, value / 2) for name, value in VALUES.items()} | measured
+        return {name: pair[cell["arm"] == "frozen"] for name, pair in pairs.items()}
 
-
-def run_all(**values):
-    """Returns all cells of the study, had every run measured the values."""
-    cells = []
-    for stage in study.plan(cells):
-        cells += [done(cell, **values) for cell in stage]
-    return cells
+    return run_all(study, found)
 
 
 def test_each_seed_pre_trains_and_trains_all_arms_at_the_rate_that_a_part_held_out_chose():
-    cells = run_all()
+    cells = runs()
     trained = [cell for cell in cells if cell["kind"] == "trained"]
     assert len(trained) == 2 * 3 * 8
-    assert {cell["lr"] for cell in trained} == {0.016}
+    assert {cell["lr"] for cell in trained} == {0.032}
     assert sum(cell["kind"] == "pilot" for cell in cells) == 2 * 3 * 4
     kinds = [kind for kind, _ in itertools.groupby(cell["kind"] for cell in cells)]
     assert kinds == ["pretrained", "pilot", "trained"]  # the encoder that pilots share is there before them
 
 
-def test_a_task_without_room_ends_after_three_seeds_and_gets_no_verdict():
-    cells = run_all(mIoU=0.05)
+@pytest.mark.parametrize("pair", [(0.09, 0.01), (0.95, 0.5), (0.3, 0.29)],
+                         ids=["below the floor", "above the ceiling", "as a frozen encoder"])
+def test_a_task_that_does_not_read_the_encoder_ends_after_three_seeds_and_gets_no_verdict(pair):
+    cells = runs(mIoU=pair)
     seeds = {task: {cell["seed"] for cell in cells if cell["task"] == task} for task in study.TASKS}
     assert seeds == {"detection": set(range(8)), "segmentation": {0, 1, 2}}
     assert not study.passed(cells, "segmentation")["mIoU"]
+    assert all(study.passed(cells, "detection").values())
     assert all(not comparison.check for comparison in study.comparisons(cells) if "mIoU" in comparison.claim)
     assert "| segmentation | mIoU |" in study.table(cells)
 
 
 def test_the_power_that_eight_seeds_will_have_is_told_before_they_are_there():
-    cells = [cell for cell in run_all() if cell["seed"] < 3]
+    cells = [cell for cell in runs() if cell["seed"] < 3]
     for cell in cells:
         if cell["kind"] == "trained":
             cell["box AP"] += 0.01 * cell["seed"] * (cell["arm"] == "mae")
     assert "detection, box AP: mae above scratch: with 8 seeds" in study.table(cells)
-    assert "with 8 seeds" not in study.table(run_all())
+    assert "with 8 seeds" not in study.table(runs())
 
 
 @pytest.mark.parametrize("task", study.TASKS)

@@ -163,9 +163,10 @@ def test_a_head_that_is_to_be_kept_and_does_not_fit_is_refused(tmp_path, theirs,
         started(source, tiny_supervised(ours | {"init_head": "keep"}))
 
 
-def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):
-    source, theirs = written(tmp_path, tiny_supervised({"method.head": "probe"}))
-    ours, report = started(source, tiny_supervised({"method.head": "probe"}))
+@pytest.mark.parametrize("tiny", [tiny_supervised, tiny_segment])
+def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path, tiny):
+    source, theirs = written(tmp_path, tiny({"method.head": "probe"}))
+    ours, report = started(source, tiny({"method.head": "probe"}))
     assert not np.array_equal(ours["head/kernel"], theirs["head"]["kernel"])
     assert "new: 2 (head/bias, head/kernel)" in report
 

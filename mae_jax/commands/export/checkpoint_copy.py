@@ -62,7 +62,8 @@ def _check_same_run(origin: epath.Path, to: epath.Path) -> None:
     try:
         workdir.changes(to, config, origin=origin)
     except UserError as error:
-        raise UserError(f"--to={to} holds a checkpoint of another run; choose another folder ({error})") from None
+        why, _, _ = str(error).partition(". Use another --workdir")  # a flag that `export` has not
+        raise UserError(f"--to={to} holds a checkpoint of another run; choose another folder ({why})") from None
 
 
 def _newest_good(source: epath.Path) -> tuple[epath.Path, Record]:
