@@ -8,8 +8,9 @@ import pytest
 from studies import cells as shared
 
 STUDIES = {"finetune.study": "results", "finetune.instrument": "instrument", "quickstart.study": "results",
-           "dense.study": "results_cpu", "mixing.study": "results_cpu", "small_data.study": "results_cpu",
-           "negative_transfer.study": "results_cpu", "negative_transfer.instrument": "instrument"}
+           "dense.study": "results_cpu", "dense.patches": "patches", "mixing.study": "results",
+           "small_data.study": "results_cpu", "negative_transfer.study": "results_cpu",
+           "negative_transfer.instrument": "instrument"}
 
 
 @pytest.mark.parametrize("name", STUDIES)
