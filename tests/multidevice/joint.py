@@ -20,7 +20,7 @@ FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"b
           "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6},
           "segment": {"method.head": "upernet", "method.train_blocks": -1, "method.head_width": 64,
                       "method.relative_position_bias": True},
-          "segment/probe": {"method.head": "probe", "method.train_blocks": -1},
+          "segment/probe": {"method.head": "probe"},
           "moce/token": DECODER | {"method.experts": 4, "method.gate": "token"}}  # fewer experts than devices
 MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2}),
           "2 slices": (8, {"mesh.slices": 2, "mesh.zero": "on"})}
