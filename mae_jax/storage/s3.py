@@ -16,6 +16,8 @@ from mae_jax.runtime import threads
 
 CHECK_SECONDS = 12.0  # timeout of `check`, including retries and the search for credentials
 LIMITS = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 4}}
+# Of `check`: four attempts wait up to 7 s for one another, and what the last one met would come too late to be said.
+CHECK_RETRIES = {"mode": "standard", "max_attempts": 2}
 
 
 def check(path: str) -> None:
@@ -43,7 +45,8 @@ def plainly(path: str, action: Callable[[], Any]) -> Any:
 
 def _look(path: str) -> None:
     bucket, _, inside = path.removeprefix("s3://").partition("/")
-    system = fsspec.filesystem("s3")
+    settings = fsspec.config.conf["s3"]["config_kwargs"]
+    system = fsspec.filesystem("s3", config_kwargs=settings | {"retries": CHECK_RETRIES})
     try:
         system.call_s3("list_objects_v2", Bucket=bucket, Prefix=inside, MaxKeys=1)
     except FileNotFoundError:
