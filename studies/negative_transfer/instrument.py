@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # of mixtures.py and domains.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
@@ -30,25 +30,16 @@ import cells as shared
 import mixtures
 from cells import Cell, matches, text
 from domains import CLASSES
+from mixtures import CHANGED, SHARP, Mixture
 
 RESULTS = Path(__file__).parent / "instrument.jsonl"
-SEEDS, FIRST = (0, 1, 2), 4800  # steps of the first training
+SEEDS = 0, 1, 2
 
 
-class Mixture(NamedTuple):
-    """How experts are trained."""
-
-    blocks: str = "last_two_odd"
-    rate: float = 1e-2  # per 256 images
-    steps: int = 1920
-    gate: dict[str, float] | None = None  # fields of the gate, where they are not the defaults
-
-
-SHARP = {"noise": 0.0, "temperature": 0.1}  # a gate decides from the first step on
 VARIANTS = {
     "before": Mixture(), "experts in all odd blocks": Mixture("1,3,5"), "experts in all blocks": Mixture("all"),
     "four times the rate": Mixture(rate=4e-2), "2.5 times the steps": Mixture(steps=4800),
-    "gates decided at the start": Mixture(gate=SHARP), "all changes": Mixture("1,3,5", 4e-2, 4800, SHARP)}
+    "gates decided at the start": Mixture(gate=SHARP), "all changes": CHANGED}
 
 
 FOUND = """**Why experts hardly moved, and what it would have helped.** Of the four changes, a higher rate and more
@@ -71,20 +62,14 @@ def run(cell: Cell, work: Path) -> Cell:
     """Returns a cell with what was measured; what is trained stays under `work`."""
     begun, file, seed = time.process_time(), work / "domains.npz", cell["seed"]
     first = work / f"first_{seed}"
-    mixtures.train(mixtures.masked(file, "", seed, FIRST), first, work)
+    mixtures.train(mixtures.masked(file, "", seed, mixtures.FIRST_STEPS), first, work)
     clusters = mixtures.clustered(first, work / f"clusters_{seed}", seed)
     if cell["kind"] == "first":
         found: dict[str, Any] = {domain: mixtures.of_workdir(first, file, domain) for domain in CLASSES}
     else:
         about = VARIANTS[cell["variant"]]
         folder = work / f"{cell['variant'].replace(' ', '_')}_{seed}"
-        fields = {"blocks": about.blocks, **(about.gate or {})}
-        config = mixtures.masked(file, "", seed, about.steps, about.rate, str(first), fields, clusters)
-        last = mixtures.train(config, folder, work)
-        paths = mixtures.Paths(folder, file)
-        found = {how: {domain: paths.measured(domain, how) for domain in CLASSES} for how in ("vote", "random")}
-        found |= mixtures.moved(first, folder) | {
-            "paths": len({paths.voted(domain) for domain in CLASSES}), "confidence": last["train/gate_confidence"]}
+        found = mixtures.mixed(about, seed, file, first, clusters, folder, work, ("vote", "random"))
     return {**cell, **found, "cpu_seconds": round(time.process_time() - begun, 1)}
 
 

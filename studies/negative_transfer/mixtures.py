@@ -1,10 +1,10 @@
-"""What instrument.py trains and measures: masked autoencoders of domains, mixtures, linear probes."""
+"""What study.py and instrument.py train and measure: masked autoencoders of domains, mixtures, linear probes."""
 
 import argparse
 import functools
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cells as shared
 import jax
@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 
 from mae_jax.commands.cluster.images import cluster
 from mae_jax.commands.export.expert_path import (
+    MAX_PROBED_PATHS,
     Task,
     cluster_paths,
     count_cluster_votes,
     extracted,
     most_voted,
+    ranked,
     votes_per_path,
 )
 from mae_jax.config import default, resolved
@@ -41,6 +43,21 @@ EXPERTS, CLUSTERS, RATIO = 4, 16, 3.0  # of a mixture; the largest ratio of the 
 RANDOM = 3  # paths other than the voted one whose mean is a random path
 RATE, BETAS = 2e-2, (0.9, 0.98)  # per 256 images, of the first training; as in configs/quickstart.py
 ROWS = 380  # images that are encoded at once, half a test split
+HELD = 0.1  # of a domain's training images, on which probes of paths are compared
+FIRST_STEPS = 4800  # steps of the first training of all domains
+
+
+class Mixture(NamedTuple):
+    """How experts are trained."""
+
+    blocks: str = "last_two_odd"
+    rate: float = 1e-2  # per 256 images
+    steps: int = 1920
+    gate: dict[str, float] | None = None  # fields of the gate, where they are not the defaults
+
+
+SHARP = {"noise": 0.0, "temperature": 0.1}  # a gate decides from the first step on
+CHANGED = Mixture("1,3,5", 4e-2, 4800, SHARP)  # what moves experts most (instrument.py)
 
 
 def common(config: ConfigDict, file: Path, domain: str, seed: int, steps: int) -> ConfigDict:
@@ -97,13 +114,22 @@ class Paths:
         return most_voted(votes_per_path(self.of_cluster, task.votes), self.of_cluster, self.clusters, task)
 
     def encoders(self, domain: str, how: str) -> list[Any]:
-        """Returns the parameters of the voted path ('vote'), or of RANDOM other ones ('random')."""
-        task = votes(self.config.method.clusters, self.file, domain)
+        """Returns the parameters of the voted path ('vote'), the best one by a probe ('probe'), or RANDOM others."""
         taken = [self.voted(domain)]
+        if how == "probe":
+            task = votes(self.config.method.clusters, self.file, domain)
+            voted = ranked(votes_per_path(self.of_cluster, task.votes))[:MAX_PROBED_PATHS]  # as `export` does
+            taken = [max((path for path, share in voted if share > 0),
+                         key=lambda path: held_out(self.encoder(domain, path), self.file, domain))]
         if how == "random":
             others = sorted(set(self.of_cluster) - set(taken))
             taken = [others[row] for row in np.random.default_rng(0).permutation(len(others))[:RANDOM]]
-        return [extracted(self.method, self.params, self.table, self.of_cluster, task, path)[0] for path in taken]
+        return [self.encoder(domain, path) for path in taken]
+
+    def encoder(self, domain: str, path: tuple[int, ...]) -> Any:
+        """Returns the parameters of a path."""
+        task = votes(self.config.method.clusters, self.file, domain)
+        return extracted(self.method, self.params, self.table, self.of_cluster, task, path)[0]
 
     def measured(self, domain: str, how: str) -> dict[str, float]:
         """Returns the mean of `measured` over these encoders; without any other path, of the voted one."""
@@ -176,9 +202,39 @@ def measured(params: Any, file: Path, domain: str) -> dict[str, float]:
     return {"probe": linear_probe.top1(train, test, CLASSES[domain]), "loss": float(np.mean(losses))}
 
 
+def held_out(params: Any, file: Path, domain: str) -> float:
+    """Returns the top-1 of logistic regression on a held-out part of a domain's training images."""
+    patches, labels = images(file, domain, "train")
+    found, rest = features(params, patches), round(len(labels) * (1 - HELD))
+    return linear_probe.top1((found[:rest], labels[:rest]), (found[rest:], labels[rest:]), CLASSES[domain])
+
+
+def untrained(seed: int) -> Any:
+    """Returns random parameters."""
+    patches = np.zeros((1, dense().grid.num_patches, PATCH * PATCH * 3), np.uint8)
+    order = np.arange(patches.shape[1], dtype=np.int32)[None]
+    return dense().init(jax.random.key(seed), {"patches": patches, "order": order})[0]
+
+
 def of_workdir(source: Path, file: Path, domain: str) -> dict[str, float]:
     """Returns `measured` of a workdir's encoder."""
     return measured(split_eval_params(load_params(str(source), extras=True))[0], file, domain)
+
+
+def mixed(about: Mixture, seed: int, file: Path, first: Path, clusters: str, folder: Path, work: Path,
+          ways: tuple[str, ...]) -> dict[str, Any]:
+    """Trains a mixture from the first training, if it is not there. Returns what its paths are worth, and more.
+
+    Returns:
+      For each of the ways to choose a path, domain → `measured`; `moved`; 'paths', how many paths the domains vote
+      for; 'confidence', the largest gate.
+    """
+    fields = {"blocks": about.blocks, **(about.gate or {})}
+    last = train(masked(file, "", seed, about.steps, about.rate, str(first), fields, clusters), folder, work)
+    paths = Paths(folder, file)
+    found = {how: {domain: paths.measured(domain, how) for domain in CLASSES} for how in ways}
+    return found | moved(first, folder) | {
+        "paths": len({paths.voted(domain) for domain in CLASSES}), "confidence": last["train/gate_confidence"]}
 
 
 def moved(start: Path, mixture: Path) -> dict[str, float]:

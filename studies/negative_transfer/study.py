@@ -1,314 +1,179 @@
-"""Does one masked autoencoder of two domains transfer worse than one of each domain, and does MoCE help?
+"""Does one masked autoencoder of all domains transfer worse than one of each, and does MoCE help? (arXiv 2402.05382)
 
-  python studies/negative_transfer/study.py --workers=2            (hours on two cores; resumes after an interruption)
-  python studies/negative_transfer/study.py --size=gpu --workers=8 (cells at the same time on one GPU; not yet run)
+  scripts/fetch_fashion_mnist.sh runs/fashion_mnist && scripts/fetch_emoji.sh runs/emoji
+  python studies/negative_transfer/study.py --fashion=runs/fashion_mnist --emoji=runs/emoji --workers=2
+                                                     (an hour of two cores; resumes after an interruption)
 
-The two domains have little in common: A, crops of photographs, and B, handwritten digits (arXiv 2402.05382, Figure 1,
-asks this question for two halves of ImageNet). MAE is trained on A, on B and on both, with equal steps. Starting from
-the MAE of both, `both, longer` trains for as many further steps as the mixtures: MoCE (4 experts, 16 clusters) and the
-sparse mixture with routing by token. From MoCE, each task takes the path with the most votes (`MoCE, vote`) or another
-one (`MoCE, random`). One more encoder is `untrained`.
+The domains are clothes, letters, emoji and photographs (domains.py). A narrow MAE is trained on one of them (`alone`),
+or on all four for four times the steps (`all`): a task's encoder saw as many images of its own domain in both. Both
+then train as long again (`longer`), as the mixture does that starts from `all` (`MoCE`: 4 experts in all odd blocks, 16
+clusters), with its rate. From the mixture each domain takes the path of most votes (`vote`), the best one by a probe of
+held-out training images (`probe`), or, as a control, the mean of three paths other than the voted one (`random`). All
+are judged by logistic regression on frozen features, in the mean of the four tasks. No arm chose a rate: the first is
+the quickstart's, the second is that which moved experts most (instrument.py).
 
-Encoders are evaluated on each domain's task: logistic regression on frozen features (no rate to choose), and
-fine-tuning, whose rate is chosen from three with seed 0 on the last tenth of the task's training split; the test split
-is read once per figure. In so few steps the classifier needs a batch norm: with a layer norm alone, the encoder of both
-reached an accuracy of at most 0.35 on the digits (seed 0, trials of 200 to 400 steps). The mixture with routing by
-token is no dense encoder, and is evaluated by its features alone, as is the untrained one. Verdicts are those of
-studies/verdicts.py, for eight seeds; that a point matters is our choice. The committed cells have three seeds, too few
-for a conclusion; another run adds the others.
+Two manipulation checks, both in the mean of the seeds that are there: `all` must be five points above an untrained
+encoder, or nothing is judged; and the voted path must be a point above others, or the experts differ too little for
+this measure, and no claim about MoCE is judged. If it is not after three seeds, no other mixture is trained. Verdicts
+are those of studies/verdicts.py; that a point matters is our choice, as are all values.
 
-One JSON line per cell is in studies/negative_transfer/results_<size>.jsonl, the table in .md, the plot in .png.
+One JSON line per cell is in studies/negative_transfer/results.jsonl, the table in results.md.
 """
 
 import argparse
-import itertools
+import statistics
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from ml_collections import ConfigDict
-
-from mae_jax.commands.cluster.images import cluster
-from mae_jax.commands.export.expert_path import pooled
-from mae_jax.commands.export.weights import export
-from mae_jax.config import default, resolved
-from mae_jax.data import NO_DATA
-from mae_jax.evals import linear_probe
-from mae_jax.evals.context import Pair
-from mae_jax.methods import build
-from mae_jax.param_tree import split_eval_params
-from mae_jax.storage.checkpoint import load_params
-from mae_jax.training import loop, workdir
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
+sys.path.insert(0, str(Path(__file__).parent))  # of mixtures.py and domains.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
 import cells as shared
+import mixtures
 from cells import Cell, matches, text
-from verdicts import Comparison, judge
+from domains import CLASSES
+from mixtures import CHANGED, FIRST_STEPS
+from verdicts import MIN_SEEDS, Comparison, judge, outlook
 from verdicts import table as verdict_table
 
-RESULTS = Path(__file__).parent
-SIDE, PATCH, BATCH, SEEDS = 40, 4, 64, tuple(range(8))
-CLASSES = {"A": "0-16", "B": "17-26"}  # of the joined data: photographs, then digits
-DENSE = {"A": "A", "B": "B", "both": "both"}  # arm → what it is pre-trained on
-UNTRAINED, LONGER, MOCE, TOKEN = "untrained", "both, longer", "MoCE", "tokens"
-JUDGED = (UNTRAINED, *DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
-PROBED = (UNTRAINED, TOKEN)  # and not fine-tuned
-MARGIN = 0.01  # of accuracy: the smallest difference that matters
-LABELS = 510  # labeled images of a task that fine-tuning learns from, its first
-TUNED, TUNED_BATCH, LRS = 200, 32, (1.2e-2, 2.4e-2, 4.8e-2)  # steps of fine-tuning, and rates of batches of 256
+RESULTS = Path(__file__).parent / "results.jsonl"
+SEEDS, PILOT_SEEDS = tuple(range(MIN_SEEDS)), 3  # seeds before the manipulation checks are looked at
+UNTRAINED, ALL, ALONE, ALL_LONGER, ALONE_LONGER = "untrained", "all", "alone", "all, longer", "alone, longer"
+MOCE = "MoCE"
+WAYS = "vote", "probe", "random"  # to choose a path
+PATHS = VOTED, PROBED, RANDOM = tuple(f"{MOCE}, {how}" for how in WAYS)
+FIRSTS = {ALL_LONGER: ALL, ALONE_LONGER: ALONE}  # arm → what it goes on from
+GAIN, DIFFERENCE = 0.05, 0.01  # of top-1: what training must give, and how far paths must differ
+MARGIN = 0.01  # of top-1: the smallest difference that matters
+QUESTIONS = {"one domain alone above all": (ALONE, ALL),
+             "one domain alone above all, both longer": (ALONE_LONGER, ALL_LONGER),
+             "MoCE's voted path above all, longer": (VOTED, ALL_LONGER),
+             "MoCE's voted path above one domain alone, longer": (VOTED, ALONE_LONGER)}
 
 
-class Size(NamedTuple):
-    """Pictures shown in the first training, and in what follows it."""
-
-    first: int
-    more: int
-    seeds: tuple[int, ...] = SEEDS
-
-
-SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(100_000, 40_000)}
-
-
-def prepare(file: Path) -> None:
-    """Writes both domains as one npz, rows in random order; digits are padded to the side of the crops."""
-    from PIL import Image
-
-    from mae_jax.data.sources import registry
-
-    arrays = {}
-    for split in ("train", "test"):
-        pictures, labels = [], []
-        for name, offset in (("photo_crops", 0), ("mnist5k", 17)):
-            data = default().data.copy_and_resolve_references()
-            data.source = name
-            found = registry.load(data, split)
-            for example in (found.read(i) for i in range(found.size)):
-                image = Image.fromarray(example.image)
-                if name == "photo_crops":
-                    pictures.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
-                else:
-                    edge = (SIDE - image.width) // 2
-                    pictures.append(np.pad(example.image, ((edge, edge), (edge, edge), (0, 0))))
-                labels.append(example.label + offset)
-        order = np.random.default_rng(0).permutation(len(labels))
-        arrays |= {f"x_{split}": np.stack(pictures)[order], f"y_{split}": np.array(labels)[order]}
-    np.savez_compressed(file, **arrays)
+def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields the stages: three seeds of every arm, then the others, of what can be judged."""
+    for seeds in (SEEDS[:PILOT_SEEDS], SEEDS[PILOT_SEEDS:]):
+        if seeds[0] and not learns(cells):
+            return
+        yield [{"arm": UNTRAINED, "seed": seed} for seed in seeds]
+        yield from (arms(seeds, ALL, ALONE), arms(seeds, ALL_LONGER, ALONE_LONGER))
+        if not seeds[0] or differ(cells):
+            yield [{"arm": MOCE, "seed": seed} for seed in seeds]
 
 
-def rows(file: Path, task: str) -> tuple[int, int]:
-    """Returns the rows before which LABELS images of a task lie, and from which the last tenth does.
-
-    They are of the training split of both domains, which is cut before classes are kept.
-    """
-    low, high = map(int, CLASSES[task].split("-"))
-    labels = np.load(file)["y_train"]
-    learned = int(np.flatnonzero((labels >= low) & (labels <= high))[LABELS - 1]) + 1
-    return learned, len(labels) * 9 // 10
+def arms(seeds: tuple[int, ...], all_domains: str, one: str) -> list[Cell]:
+    """Returns the cells of dense encoders, the longest first."""
+    return [{"arm": all_domains, "seed": seed} for seed in seeds] + [
+        {"arm": one, "domain": domain, "seed": seed} for seed in seeds for domain in CLASSES]
 
 
-def common(config: ConfigDict, file: Path, classes: str, seed: int, steps: int) -> ConfigDict:
-    """Sets data, encoder and duration."""
-    config.seed, config.batch_size = seed, BATCH
-    config.data.update(source="npz", path=str(file), classes=CLASSES.get(classes, ""), image_size=(SIDE, SIDE),
-                       crop_scale=(0.4, 1.0), flip=False)
-    config.model.update(width=96, depth=6, heads=3, patch=(PATCH, PATCH), pool="mean")
-    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps", max_examples=2000)
-    config.checkpoint.every = f"{steps} steps"
-    config.log.update(every="25 steps", tensorboard=False)
-    config.train.duration, config.optim.warmup = f"{steps} steps", f"{max(1, steps // 20)} steps"
-    return config
+def run(cell: Cell, work: Path) -> Cell:
+    """Returns a cell with domain → what its encoder is worth there; what is trained stays under `work`."""
+    begun, file, seed = time.process_time(), work / "domains.npz", cell["seed"]
+    if cell["arm"] == UNTRAINED:
+        params = mixtures.untrained(seed)
+        found = {domain: mixtures.measured(params, file, domain) for domain in CLASSES}
+    elif cell["arm"] == MOCE:
+        first = dense({"arm": ALL, "seed": seed}, work)
+        clusters = mixtures.clustered(first, work / f"clusters_{seed}", seed)
+        found = mixtures.mixed(CHANGED, seed, file, first, clusters, work / f"moce_{seed}", work, WAYS)
+    else:
+        mine = [cell["domain"]] if "domain" in cell else CLASSES
+        folder = dense(cell, work)
+        found = {domain: mixtures.of_workdir(folder, file, domain) for domain in mine}
+    return {**cell, **found, "cpu_seconds": round(time.process_time() - begun, 1)}
 
 
-def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> ConfigDict:
-    """Returns the config of an arm's training."""
-    mixture = arm in (MOCE, TOKEN)
-    steps = 1 if arm == UNTRAINED else (size.first if arm in DENSE else size.more) // BATCH
-    config = common(default("moce" if mixture else "mae"), file, DENSE.get(arm, "both"), seed, steps)
-    config.method.update(decoder_width=96, decoder_depth=2, decoder_heads=3)
-    config.optim.lr = 0.0 if arm == UNTRAINED else 6e-3 if arm in DENSE else 3e-3
-    if arm not in (*DENSE, UNTRAINED):
-        config.init_from = str(work / f"{size.first}_both_{seed}")
-    if mixture:
-        config.method.update(experts=4, gate="cluster" if arm == MOCE else "token",
-                             clusters=str(work / f"{size.first}_clusters_{seed}"))
-    return config.lock()
+def dense(cell: Cell, work: Path) -> Path:
+    """Trains a MAE, if it is not there, and first what it goes on from. Returns its folder."""
+    arm, domain = cell["arm"], cell.get("domain", "")
+    folder = work / "_".join(filter(None, [arm.replace(", ", "_"), domain, str(cell["seed"])]))
+    first = dense({**cell, "arm": FIRSTS[arm]}, work) if arm in FIRSTS else None
+    steps, rate = (CHANGED.steps, CHANGED.rate) if first else (FIRST_STEPS, mixtures.RATE)
+    steps = steps // len(CLASSES) if domain else steps
+    config = mixtures.masked(work / "domains.npz", domain, cell["seed"], steps, rate, str(first or ""))
+    mixtures.train(config, folder, work)
+    return folder
 
 
-def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
-    """Yields what is to be run, in order; the cells of a stage may run at the same time."""
-    for arms in ((*DENSE, UNTRAINED), (LONGER, MOCE, TOKEN)):
-        yield [{"kind": "trained", "arm": arm, "seed": seed} for seed in size.seeds for arm in arms]
-    evaluated = list(itertools.product(JUDGED, CLASSES))
-    yield [{"kind": "probe", "arm": arm, "task": task, "seed": seed} for seed in size.seeds for arm, task in evaluated]
-    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in evaluated if arm not in PROBED]
-    yield [{**known, "seed": 0, "lr": lr} for known in tuned for lr in LRS]
-    yield [{**known, "seed": seed, "lr": shared.chosen(cells, **known)} for known in tuned
-           for seed in size.seeds[1:]]
+def figures(cells: list[Cell], arm: str, domain: str, measure: str = "probe") -> dict[int, float]:
+    """Returns seed → a measure of an arm's encoder on a domain's test images."""
+    if arm in PATHS:
+        return {cell["seed"]: cell[WAYS[PATHS.index(arm)]][domain][measure] for cell in cells if cell["arm"] == MOCE}
+    return {cell["seed"]: cell[domain][measure] for cell in cells if cell["arm"] == arm and domain in cell}
 
 
-class Study:
-    """Runs cells; encoders stay under `work`."""
-
-    def __init__(self, size: Size, work: Path, programs: str):
-        self.size, self.work, self.programs, self.file = size, work, programs, work / "both.npz"
-
-    def run(self, cell: Cell) -> Cell:
-        """Returns the cell with what was measured."""
-        if cell["kind"] == "trained":
-            last = self.train(cell["arm"], cell["seed"])
-            kept = {name: value for name, value in last.items() if name.startswith(("eval/gate", "eval/label_info"))}
-            return {**cell, "loss": last.get("eval/reconstruction_loss", last["eval/loss"]), **kept}
-        source = self.encoder(cell["arm"], cell["task"], cell["seed"])
-        if cell["kind"] == "probe":
-            return {**cell, "test": self.probe(source, cell["task"])}
-        with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            config = common(default("supervised"), self.file, cell["task"], cell["seed"], TUNED)
-            learned, held = rows(self.file, cell["task"])
-            config.data.update(train_split=f"train[:{learned}]", val_split=f"train[{held}:]", crop_scale=(0.8, 1.0))
-            config.init_from, config.batch_size = source, TUNED_BATCH
-            config.model.positions = "learned"
-            config.method.update(head="probe", head_std=0.01, smoothing=0.1)
-            config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75)
-            last = self._train(config.lock(), Path(folder))
-        return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
-
-    def folder(self, arm: str, seed: int) -> Path:
-        return self.work / f"{self.size.first}_{arm.replace(', ', '_')}_{seed}"
-
-    def train(self, arm: str, seed: int) -> dict[str, float]:
-        """Trains an arm, if it is not there, after what it starts from. Returns its last figures."""
-        if arm not in (*DENSE, UNTRAINED):
-            self.train("both", seed)
-        clusters = self.work / f"{self.size.first}_clusters_{seed}"
-        if arm == MOCE and not (clusters / "clusters.npz").exists():
-            cluster(str(self.folder("both", seed)), str(clusters), 16, -1, 3.0, seed, None)
-        if not (self.folder(arm, seed) / "DONE").exists():
-            self._train(pretraining(arm, self.file, seed, self.size, self.work), self.folder(arm, seed))
-        return shared.last_values(self.folder(arm, seed))
-
-    def encoder(self, arm: str, task: str, seed: int) -> str:
-        """Returns where the encoder of an arm is; of MoCE, the one that is cut out for the task."""
-        if not arm.startswith(MOCE):
-            self.train(arm, seed)
-            return str(self.folder(arm, seed))
-        self.train(MOCE, seed)
-        how = arm.removeprefix(f"{MOCE}, ")
-        file = self.work / f"{self.size.first}_moce_{how}_{task}_{seed}.safetensors"
-        if not file.exists():
-            wanted = common(default("mae"), self.file, task, seed, 1)
-            export(str(self.folder(MOCE, seed)), str(file), "mae_jax", wanted.lock(), how, seed)
-        return str(file)
-
-    def probe(self, source: str, task: str) -> float:
-        """Returns the test top-1 of logistic regression on frozen features."""
-        config = workdir.config_of(source).copy_and_resolve_references().unlock()
-        config.data.update(classes=CLASSES[task], val_split="", eval_split="", augment="none")
-        config.eval.max_examples = 1 << 31
-        params, extras = split_eval_params(load_params(source, extras=True))
-        assert not extras or config.method.get("gate") == "token"
-
-        def pair(split: str) -> Pair:
-            config.data.train_split = split
-            features, labels = zip(*pooled(build(resolved(config), NO_DATA), params), strict=True)
-            return np.concatenate(features), np.concatenate(labels)
-
-        train = pair("train")
-        return linear_probe.top1(train, pair("test"), int(train[1].max()) + 1)
-
-    def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
-        config.train.compilation_cache = self.programs
-        if loop.train(config, str(folder), alone=False):
-            raise RuntimeError(f"{folder} did not finish")
-        return shared.last_values(folder)
+def means(cells: list[Cell], arm: str) -> dict[int, float]:
+    """Returns seed → an arm's top-1, the mean of all tasks; of seeds that have all."""
+    tasks = [figures(cells, arm, domain) for domain in CLASSES]
+    seeds = sorted(set.intersection(*map(set, tasks)))
+    return {seed: statistics.mean(task[seed] for task in tasks) for seed in seeds}
 
 
-def values(cells: list[Cell], kind: str, arm: str, task: str) -> list[float]:
-    """Returns the test accuracies of an arm, one per seed; of fine-tunings, at the chosen rate."""
-    return [*by_seed(cells, kind, arm, task).values()]
+def above(cells: list[Cell], higher: str, lower: str) -> float:
+    """Returns by how much an arm is above another, in the mean of the seeds that both have; 0 without any."""
+    one, other = means(cells, higher), means(cells, lower)
+    gains = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+    return statistics.mean(gains) if gains else 0.0
 
 
-def by_seed(cells: list[Cell], kind: str, arm: str, task: str) -> dict[int, float]:
-    """Returns seed → test accuracy, likewise."""
-    what = {"kind": kind, "arm": arm, "task": task}
-    found = [cell for cell in cells if matches(cell, what)]
-    if kind == "tuned" and any(cell["seed"] == 0 for cell in found):
-        rate = shared.chosen(cells, **what)
-        found = [cell for cell in found if cell["lr"] == rate]
-    return shared.by_seed(found, "test")
+def learns(cells: list[Cell]) -> bool:
+    """Says whether training on all domains gives this measure something."""
+    return above(cells, ALL, UNTRAINED) >= GAIN
 
 
-def table(size: Size, cells: list[Cell]) -> str:
-    """Returns the Markdown: accuracies, and what follows."""
-    lines = [f"First training {size.first:,} images, what follows {size.more:,}; top-1 on test images, mean "
-             f"(range) of seeds. A: photographs, B: digits; fine-tuned with {LABELS} labels.", "",
-             "| encoder | A, probe | B, probe | A, fine-tuned | B, fine-tuned |", "|---" * 5 + "|"]
-    for arm in JUDGED:
-        shown = [text(values(cells, kind, arm, task)) for kind in ("probe", "tuned") for task in CLASSES]
-        lines.append(f"| {arm} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", verdict_table(judge(comparisons(cells))), ""])
+def differ(cells: list[Cell]) -> bool:
+    """Says whether this measure tells the voted paths from others."""
+    return above(cells, VOTED, RANDOM) >= DIFFERENCE
 
 
 def comparisons(cells: list[Cell]) -> list[Comparison]:
-    """Returns what is asked: whether training on both domains costs a task, and whether MoCE mends it."""
-    found = []
-    for (kind, way), task in itertools.product((("probe", "probe"), ("tuned", "fine-tuned")), CLASSES):
-        for higher, lower, claim in (
-                (task, "both", f"{task} alone above both"), ("MoCE, vote", LONGER, "MoCE above both, longer"),
-                ("MoCE, vote", "MoCE, random", "the voted path above a random one"),
-                ("MoCE, vote", task, f"MoCE above {task} alone")):
-            arms = (by_seed(cells, kind, arm, task) for arm in (higher, lower))
-            found.append(Comparison(f"task {task}, {way}: {claim}", *arms, MARGIN))
-    return found
+    """Returns what is asked."""
+    return [Comparison(claim, means(cells, higher), means(cells, lower), MARGIN,
+                       learns(cells) and (higher not in PATHS or differ(cells)))
+            for claim, (higher, lower) in QUESTIONS.items()]
 
 
-def plot(cells: list[Cell]) -> bytes:
-    """Returns a PNG: each encoder's accuracy on both tasks."""
-    from matplotlib.figure import Figure
+def table(cells: list[Cell]) -> str:
+    """Returns the Markdown: top-1 by domain, the manipulation checks, what became of experts, and verdicts."""
+    lines = ["Top-1 of logistic regression on frozen features of test images; mean (range) of seeds.", "",
+             f"| encoder | seeds | {' | '.join(CLASSES)} | mean |", "|---" * (3 + len(CLASSES)) + "|"]
+    for arm in (UNTRAINED, ALONE, ALL, ALONE_LONGER, ALL_LONGER, *PATHS):
+        whole = means(cells, arm)
+        columns = [text([*figures(cells, arm, domain).values()]) for domain in CLASSES]
+        lines.append(f"| {arm} | {len(whole)} | {' | '.join(columns)} | {text([*whole.values()])} |")
+    lines += ["", f"Manipulation checks: `all` is {GAIN:g} above the untrained encoder: "
+              f"{'yes' if learns(cells) else 'no'} ({above(cells, ALL, UNTRAINED):+.3f}). The voted path is "
+              f"{DIFFERENCE:g} above others: {'yes' if differ(cells) else 'no'} ({above(cells, VOTED, RANDOM):+.3f}).",
+              "", *experts(cells)]
+    findings = judge(comparisons(cells))
+    lines += [verdict_table(findings), "", *outlook(findings, PILOT_SEEDS, len(SEEDS))]
+    return "\n".join(lines) + "\n"
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
-    ways = (("probe", "linear probe"), ("tuned", "fine-tuned"))
-    for axes, (kind, way) in zip(figure.subplots(1, 2), ways, strict=True):
-        for shift, task, color in ((-0.12, "A", "C0"), (0.12, "B", "C1")):
-            for place, arm in enumerate(JUDGED):
-                if scores := values(cells, kind, arm, task):
-                    mean = float(np.mean(scores))
-                    spread = [[mean - min(scores)], [max(scores) - mean]]
-                    axes.errorbar(place + shift, mean, spread, marker="o", capsize=3, color=color,
-                                  label=f"task {task}" if place == 0 else None)
-        axes.set_xticks(range(len(JUDGED)), JUDGED, rotation=30, ha="right")
-        axes.set_ylabel(f"top-1, {way}; mean and range of seeds")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    return shared.png(figure)
+
+def experts(cells: list[Cell]) -> list[str]:
+    """Says how far experts went, and what their paths reconstruct."""
+    if not (found := [cell for cell in cells if matches(cell, {"arm": MOCE})]):
+        return []
+    start, apart, paths = (text([cell[key] for cell in found], 2) for key in ("from_start", "from_each_other", "paths"))
+    lower = [100 * (1 - figures(cells, VOTED, domain, "loss")[seed] / figures(cells, RANDOM, domain, "loss")[seed])
+             for domain in CLASSES for seed in means(cells, VOTED)]
+    return [f"Experts are {start} of their MLP's norm from where they began and {apart} from each other; the four "
+            f"domains vote for {paths} paths. The voted path reconstructs masked patches of its domain's test images "
+            f"with {statistics.mean(lower):.1f} % less error than other paths.", ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="images and encoders")
-    parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
-    parser.add_argument("--steps", type=shared.positive, help="so few of training: a trial, with results in --work")
-    options = parser.parse_args()
-    size, results = SIZES[options.size], RESULTS / f"results_{options.size}.jsonl"
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.steps:
-        size, results = Size(options.steps * BATCH, options.steps * BATCH, (0,)), options.work / "trial.jsonl"
-    if not (options.work / "both.npz").exists():
-        prepare(options.work / "both.npz")
-    cells = shared.read(results)
-
-    def report() -> None:
-        results.with_suffix(".md").write_text(table(size, cells))
-        results.with_suffix(".png").write_bytes(plot(cells))
-
-    with tempfile.TemporaryDirectory() as programs:
-        one = Study(size, options.work, programs).run
-        shared.go_on(results, cells, plan(size, cells), one, report, options.workers)
-    print(table(size, cells))
+    options = mixtures.options(parser)
+    cells = shared.read(RESULTS)
+    stages = shared.limited(plan(cells), cells, hours=options.hours, at_once=options.workers)
+    shared.go_on(RESULTS, cells, stages, partial(run, work=options.work),
+                 lambda: RESULTS.with_suffix(".md").write_text(table(cells)), options.workers)
+    print(table(cells))
 
 
 if __name__ == "__main__":

@@ -1,315 +1,269 @@
 """Do masked-image methods lose less than DINO with less pre-training data? The question of arXiv 2112.10740.
 
-  scripts/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
-  python studies/small_data/study.py --prepare --clipart=runs/openclipart
-  python studies/small_data/study.py                                    (resumes after an interruption)
-  python studies/small_data/study.py --size=gpu                         (one GPU: the whole grid)
+  scripts/fetch_fashion_mnist.sh runs/fashion_mnist
+  python studies/small_data/study.py --fashion=runs/fashion_mnist --workers=2
+                                     (some hours of two cores; resumes after an interruption; --hours=1: one of them)
 
-Every method is pre-trained on nested subsets of a small data set, with a vocabulary built from that subset alone, for
-the same number of images seen. Then the encoder is fine-tuned on the labels of the whole training split, except for a
-held-out tenth for validation. Each method pre-trains at one of three learning rates: the one whose pilot, a quarter as
-long on all data, has the best linear probe on the validation part. `scratch` is fine-tuned from random weights with its
-own recipe (every layer at the full rate, no stochastic depth), `scratch, longer` for as many images as pre-training and
-fine-tuning together. The validation part chooses each arm's learning rate from the same three values, with seed 0; the
-other seeds then train at that rate. A cell reads the test split once, with its last weights; only cells at the chosen
-rate enter the tables. A method is compared with DINO only if both are seen above the better scratch on all data
-(studies/verdicts.py; a point and a half matters, our choice).
+SplitMask, BEiT, MAE and DINO are pre-trained on the first 58,000, 5,800 or 580 training images of Fashion-MNIST, for
+equally many images shown, with a vocabulary of that part alone. Each encoder is then fine-tuned on the labels of the
+first 1,000, behind a batch norm, without layer-wise decay (studies/finetune/instrument.py says why); `scratch` starts
+from random weights and may train four times as long. The last 2,000 training images choose: each method's rate of
+pre-training, by logistic regression on the features of a quarter of a run on all images, and each arm's rate (and
+`scratch`'s steps) of fine-tuning, with seed 0. The other seeds train at these. A cell reads the test split once, with
+its last weights; only cells of what was chosen enter the tables.
 
-DINO is pooled by its class token, which it trains, the others by the mean. Its teacher's momentum is 0.98, for a run of
-some 900 steps, and its last layer is frozen for 20 steps for every subset. BEiT's masks are random: 38 % of 36 patches
-are fewer than its smallest block. Clip art has 123 validation and 330 test images: one image is 0.8 and 0.3 points; 4
-of the 330 are byte for byte in the training split. The committed cells have three seeds, too few for a conclusion;
-another run adds seeds up to the eight of a verdict.
+As a manipulation check, on all images and in the mean of seeds: fine-tuned, DINO must be five points above `scratch`,
+so that it has something to lose, and each method above k-NN on its own features, so that fine-tuning works. If DINO
+fails after three seeds, the study ends; a method that fails is not judged. What is judged is the loss from 58,000 to
+580 images. Verdicts are those of studies/verdicts.py; that a point and a half matters is our choice, as are all values.
 
-The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train steps
-fairly. One JSON line per cell is in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
+One JSON line per cell is in studies/small_data/results.jsonl, the table in results.md.
 """
 
 import argparse
 import itertools
 import statistics
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 
 from mae_jax.config import default
-from mae_jax.training import loop
+from mae_jax.data.sources.fashion_scenes import FILES, clothes
+from mae_jax.evals import knn, linear_probe
+from mae_jax.inference.encoder import open_encoder
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
 import cells as shared
 from cells import Cell, matches, text
-from verdicts import SEEN, Comparison, judge
+from verdicts import MIN_SEEDS, Comparison, judge, outlook
 from verdicts import table as verdict_table
 
-RESULTS = Path(__file__).parent
-BATCH, SEEDS, LRS = 64, tuple(range(8)), (2e-3, 8e-3, 3.2e-2)
-PRETRAIN_LRS = (5e-4, 2e-3, 6e-3)  # per 256 images
-VOCABULARY = 120  # the smallest part of the data has 637 patches that are not constant, and a fifth of these is 127
-PILOT = 4  # pilots show a quarter of the images
-WIDTH, DEPTH, HEADS, DECODER = 96, 4, 3, 2
-TUNED = 30  # epochs of fine-tuning
-HELD = 0.1  # of the training split, chooses
-MARGIN = 0.015  # of accuracy: the smallest difference that matters
+RESULTS = Path(__file__).parent / "results.jsonl"
+SEEDS, PILOT_SEEDS = tuple(range(MIN_SEEDS)), 3  # seeds before the manipulation check is looked at
+METHODS, SCRATCH = ("splitmask", "beit", "mae", "dino"), "scratch"
+SIDE, PATCH, BATCH, CLASSES = 32, 4, 64, 10  # the first two in pixels
+WIDTH, DEPTH, HEADS = 96, 4, 3
+HELD, LABELS = 2000, 1000  # of the training images: the last ones, the first ones
+PARTS = ALL, MIDDLE, LEAST = 58_000, 5_800, 580  # images of a pre-training
+SHOWN, PILOT = 200_000, 4  # images shown in pre-training, and the part of it that a pilot is
+PRETRAIN_RATES, RATES = (1e-3, 4e-3, 1.6e-2), (2e-3, 8e-3, 3.2e-2)  # per 256 images
+STEPS, LONGER = 400, 1600  # of fine-tuning; the second for `scratch` alone
+VOCABULARY = 256  # of SplitMask and BEiT
+MASKED = round(75 / 196 * (SIDE // PATCH) ** 2)  # patches, BEiT's share
+GAIN = 0.05  # of top-1: what DINO must be above `scratch`
+MARGIN = 0.015  # of top-1: the smallest difference that matters
 
 
-class Set(NamedTuple):
-    """How a data set is stored and seen: all in pixels."""
-
-    stored: int
-    side: int
-    patch: int
-    flip: bool
-
-
-class Size(NamedTuple):
-    """The part of the grid that is run."""
-
-    sets: tuple[str, ...]
-    percents: tuple[float, ...]
-    images: int  # shown in pre-training
+def prepare(file: Path, fashion: Path) -> None:
+    """Writes the images, gray on black, uint8 [n, 32, 32], in the order of the files."""
+    edge = SIDE // 2 - 14
+    arrays = {}
+    for split, name in FILES.items():
+        images, arrays[f"y_{split}"] = clothes(epath.Path(fashion), name)
+        arrays[f"x_{split}"] = np.pad(images, ((0, 0), (edge, edge), (edge, edge)))
+    np.savez_compressed(file, **arrays)
 
 
-SETS = {"clipart": Set(60, 48, 8, True), "mnist5k": Set(32, 32, 4, False)}
-SIZES = {"cpu": Size(("clipart",), (100, 5), 60_000), "gpu": Size(("clipart", "mnist5k"), (100, 10, 2.5), 200_000)}
-METHODS = ("splitmask", "beit", "mae", "dino")
-SCRATCH = ("scratch", "scratch, longer")
-
-
-def prepare(folder: Path, clipart: str) -> None:
-    """Writes <set>.npz: images on a white square (digits: black, padded), training rows in random order."""
-    from mae_jax.data.sources import registry
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, about in SETS.items():
-        arrays, data = {}, default().data.copy_and_resolve_references()
-        data.update(source=name, path=clipart if name == "clipart" else "")
-        for split in ("train", "test"):
-            found = registry.load(data, split)
-            examples = [found.read(int(i)) for i in np.random.default_rng(0).permutation(found.size)]
-            arrays[f"x_{split}"] = np.stack([square(example.image, about) for example in examples])
-            arrays[f"y_{split}"] = np.array([example.label for example in examples])
-        np.savez_compressed(folder / f"{name}.npz", **arrays)
-        print(folder / f"{name}.npz", {key: value.shape for key, value in arrays.items()})
-
-
-def square(pixels: np.ndarray, about: Set) -> np.ndarray:
-    """Returns the whole image in the middle of a square of the stored size."""
-    image = Image.fromarray(pixels)
-    if max(image.size) > about.stored:
-        image.thumbnail((about.stored, about.stored), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (about.stored, about.stored), tuple(int(v) for v in pixels[0, 0]))
-    canvas.paste(image, ((about.stored - image.width) // 2, (about.stored - image.height) // 2))
-    return np.asarray(canvas)
-
-
-def common(config: ConfigDict, cell: Cell, folder: Path, percent: float, steps: int) -> ConfigDict:
-    """Sets data, model and duration: the first `percent` of what is not held out of the training split."""
-    name, method, seed = cell["set"], cell["method"], cell["seed"]
-    about, file = SETS[name], folder / f"{name}.npz"
-    with np.load(file) as arrays:
-        count = len(arrays["y_train"])
-    learned = round(count * (1 - HELD))
-    config.seed, config.batch_size = seed, BATCH
-    config.data.update(source="npz", path=str(file), train_split=f"train[:{round(learned * percent / 100)}]",
-                       val_split=f"train[{learned}:]", image_size=(about.side, about.side), flip=about.flip,
-                       crop_scale=(0.4, 1.0))
-    config.model.update(width=WIDTH, depth=DEPTH, heads=HEADS, patch=(about.patch, about.patch),
-                        pool="cls" if method == "dino" else "mean")
+def common(config: ConfigDict, cell: Cell, work: Path, steps: int) -> ConfigDict:
+    """Sets data, encoder and duration."""
+    config.seed, config.batch_size = cell["seed"], BATCH
+    config.data.update(source="npz", path=str(work / "clothes.npz"), image_size=(SIDE, SIDE), crop_scale=(0.4, 1.0),
+                       threads=1, workers="0")
+    config.model.update(width=WIDTH, depth=DEPTH, heads=HEADS, patch=(PATCH, PATCH),
+                        pool="cls" if cell["method"] == "dino" else "mean")
     config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps")
-    config.checkpoint.every = f"{steps} steps"
-    config.log.update(every="25 steps", tensorboard=False)
-    config.train.duration = f"{steps} steps"
-    config.optim.warmup = f"{steps // 20} steps"
+    config.checkpoint.every = config.train.duration = f"{steps} steps"
+    config.log.update(every="50 steps", tensorboard=False)
+    config.optim.warmup = f"{max(1, steps // 20)} steps"
     return config
 
 
-def pretraining(cell: Cell, folder: Path, images: int) -> ConfigDict:
-    """Returns the config of one pre-training."""
-    method, side = cell["method"], SETS[cell["set"]].side
-    config = common(default(method), cell, folder, cell["percent"], images // BATCH)
+def pretraining(cell: Cell, work: Path) -> ConfigDict:
+    """Returns the config of one pre-training, or of a pilot."""
+    method = cell["method"]
+    config = common(default(method), cell, work, SHOWN // (PILOT if cell["kind"] == "pilot" else 1) // BATCH)
+    config.data.train_split = f"train[:{cell['images']}]"
     config.eval.test = False
     config.optim.update(lr=cell["lr"], clip=3.0)
     if method == "dino":
-        config.method.update(out_dim=1024, head_width=256, bottleneck=64, local_views=2, local_size=(side // 2,) * 2,
-                             local_scale=(0.1, 0.4), blur=(0.1, 2 * side / 224), momentum=0.98, freeze_last="20 steps")
+        config.method.update(out_dim=1024, head_width=256, bottleneck=64, local_views=2, local_size=(SIDE // 2,) * 2,
+                             local_scale=(0.1, 0.4), blur=(0.1, 2 * SIDE / 224), momentum=0.98, freeze_last="50 steps")
         config.optim.update(weight_decay=0.04, final_weight_decay=0.4)
-    else:
-        if method != "beit":
-            config.method.update(decoder_width=WIDTH, decoder_depth=DECODER, decoder_heads=HEADS)
-        if method != "mae":
-            config.method.vocabulary = VOCABULARY
-        if method == "beit":
-            config.method.masking = "random"
-            config.method.masked = round(75 / 196 * (side // SETS[cell["set"]].patch) ** 2)
+        return config.lock()
+    if method != "beit":
+        config.method.update(decoder_width=WIDTH, decoder_depth=2, decoder_heads=HEADS)
+    if method != "mae":
+        config.method.vocabulary = VOCABULARY
+    if method == "beit":
+        config.method.masked = MASKED
     return config.lock()
 
 
-def finetuning(cell: Cell, folder: Path, encoder: str, images: int) -> ConfigDict:
-    """Returns the config of one fine-tuning, on all but the part held out; encoder '': from random weights."""
-    config = common(default("supervised"), cell, folder, 100, 1)
-    stop = int(config.data.train_split.removeprefix("train[:").removesuffix("]"))
-    steps = TUNED * stop // BATCH + (images // BATCH if cell["method"] == "scratch, longer" else 0)
-    common(config, cell, folder, 100, steps)
+def finetuning(cell: Cell, work: Path, encoder: str) -> ConfigDict:
+    """Returns the config of one fine-tuning; encoder '': from random weights."""
+    config = common(default("supervised"), cell, work, cell["steps"])
+    config.data.update(train_split=f"train[:{LABELS}]", val_split=f"train[-{HELD}:]")
     config.init_from = encoder
     config.model.update(positions="learned", drop_path=0.1 if encoder else 0.0)
-    config.method.update(smoothing=0.1)
-    config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75 if encoder else 1.0)
+    config.method.update(head="probe", smoothing=0.1)
+    config.optim.update(lr=cell["lr"], min_lr=1e-6, betas=(0.9, 0.999), layer_decay=1.0)
     return config.lock()
 
 
-def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
-    """Yields what is to be run, in order: seed 0 of everything first; later seeds take the rate that it chose."""
-    for name, method, lr in itertools.product(size.sets, METHODS, PRETRAIN_LRS):
-        yield {"kind": "pilot", "set": name, "method": method, "percent": 100, "seed": 0, "lr": lr}
-    for seed in SEEDS:
-        for name in size.sets:
-            arms = [{"set": name, "method": method, "percent": percent}
-                    for percent in size.percents for method in METHODS]
-            for arm in (*arms, *({"set": name, "method": method, "percent": 0} for method in SCRATCH)):
-                if arm["percent"]:
-                    lr = shared.chosen(cells, kind="pilot", set=name, method=arm["method"])
-                    yield {"kind": "pretrained", **arm, "seed": seed, "lr": lr}
-                for lr in LRS if seed == 0 else (shared.chosen(cells, kind="tuned", **arm),):
-                    yield {"kind": "tuned", **arm, "seed": seed, "lr": lr}
+def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields the stages: rates, three seeds of all images, and if these can tell something of the least, then all."""
+    yield [{"kind": "pilot", "method": method, "images": ALL, "seed": 0, "lr": lr}
+           for method, lr in itertools.product(METHODS, PRETRAIN_RATES)]
+    yield [tuned(SCRATCH, 0, 0.0, lr, steps) for lr, steps in itertools.product(RATES, (STEPS, LONGER))]
+    pilots, others = SEEDS[:PILOT_SEEDS], SEEDS[PILOT_SEEDS:]
+    yield from arms(cells, ALL, pilots)
+    for images, seeds in ((LEAST, pilots), (ALL, others), (LEAST, others), (MIDDLE, SEEDS)):
+        if not loses(cells):
+            return
+        yield from arms(cells, images, seeds)
 
 
-def run(cell: Cell, cells: list[Cell], size: Size, work: Path, programs: str) -> Cell:
+def arms(cells: list[Cell], images: int, seeds: tuple[int, ...]) -> Iterator[list[Cell]]:
+    """Yields the stages of a part of the images: encoders, the rates of the first seed, then those of the others."""
+    rates = {method: shared.chosen(cells, kind="pilot", method=method) for method in METHODS}
+    yield [{"kind": "pretrained", "method": method, "images": images, "seed": seed, "lr": rates[method]}
+           for seed in seeds for method in METHODS]
+    if 0 in seeds:
+        yield [tuned(method, images, rates[method], lr) for method, lr in itertools.product(METHODS, RATES)]
+    names = [*METHODS, SCRATCH] if images == ALL else METHODS
+    yield [best(cells, method, images if method in METHODS else 0) | {"seed": seed}
+           for seed in seeds for method in names]
+
+
+def tuned(method: str, images: int, encoder_lr: float, lr: float, steps: int = STEPS) -> Cell:
+    """Returns the cell of a fine-tuning of seed 0."""
+    return {"kind": "tuned", "method": method, "images": images, "encoder_lr": encoder_lr, "lr": lr, "steps": steps,
+            "seed": 0}
+
+
+def best(cells: list[Cell], method: str, images: int) -> Cell:
+    """Returns the fine-tuning that seed 0 chose on the images held out; the lower rate and the fewer steps of two."""
+    tried = [cell for cell in cells
+             if matches(cell, {"kind": "tuned", "method": method, "images": images, "seed": 0})]
+    found = max(tried, key=lambda cell: (cell["val"], -cell["lr"], -cell["steps"]))
+    return tuned(method, images, found["encoder_lr"], found["lr"], found["steps"])
+
+
+def run(cell: Cell, work: Path) -> Cell:
     """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
-    name = f"{size.images}_{cell['set']}_{cell['method']}_{cell['percent']}_{cell['seed']}"
-    images = size.images // PILOT if cell["kind"] == "pilot" else size.images
-    if cell["kind"] == "pretrained":
-        config, folder = pretraining(cell, work, images), work / name
-    elif cell["kind"] == "pilot":
-        config, folder = pretraining(cell, work, images), Path(tempfile.mkdtemp(dir=programs)) / "pilot"
-    else:
-        encoder = str(work / name) if cell["percent"] else ""
-        if encoder and not (work / name / "DONE").exists():  # that of an earlier call may be gone
-            lr = shared.chosen(cells, kind="pilot", set=cell["set"], method=cell["method"])
-            run({**cell, "kind": "pretrained", "lr": lr}, cells, size, work, programs)
-        config, folder = finetuning(cell, work, encoder, size.images), Path(tempfile.mkdtemp(dir=programs)) / "tuned"
-    config.train.compilation_cache = programs
-    if loop.train(config, str(folder), alone=False):
-        raise SystemExit(f"{cell} did not finish")
-    last = shared.last_values(folder)
+    begun = time.process_time()
+    folder = work / "_".join(str(cell[key]) for key in ("method", "images", "seed"))
     if cell["kind"] == "tuned":
-        return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
-    speed = shared.speed(folder)
-    return {**cell, "images_per_sec": round(speed, 1), "seconds": round(images / speed, 1),
-            "val": last["val/linear/top1"], "val_knn": last["val/knn/top1"], "val_loss": last["val/loss"]}
+        if cell["images"]:  # if it is not there
+            shared.trained(pretraining(cell | {"kind": "pretrained", "lr": cell["encoder_lr"]}, work), folder, work)
+        last = shared.trained(finetuning(cell, work, str(folder) if cell["images"] else ""), None, work)
+        found = {"val": last["val/top1"], "test": last["eval/top1"]}
+    else:
+        folder = folder if cell["kind"] == "pretrained" else work / f"pilot_{cell['method']}_{cell['lr']:g}"
+        shared.trained(pretraining(cell, work), folder, work)  # if it is not there
+        found = frozen(folder, work / "clothes.npz", "val" if cell["kind"] == "pilot" else "test")
+    return {**cell, **found, "cpu_seconds": round(time.process_time() - begun, 1)}
 
 
-def accuracies(cells: list[Cell], **arm: Any) -> dict[int, float]:
-    """Returns seed → test accuracy of an arm at the rate that it chose."""
-    found = [cell for cell in cells if matches(cell, {"kind": "tuned"} | arm)]
-    if not any(cell["seed"] for cell in found):
+def frozen(folder: Path, file: Path, part: str) -> dict[str, float]:
+    """Returns the top-1 of logistic regression, by the name of the part, and of k-NN, both by the labeled images."""
+    loaded = open_encoder(str(folder), batch_size=250)
+    with np.load(file) as arrays:
+        rows = {"train": ("train", slice(LABELS)), "val": ("train", slice(-HELD, None)), "test": ("test", slice(None))}
+        pairs = {name: (arrays[f"x_{split}"][mine], arrays[f"y_{split}"][mine].astype(np.int32))
+                 for name, (split, mine) in rows.items() if name in ("train", part)}
+    features = {name: (loaded(np.repeat(pixels[..., None], 3, -1)), labels) for name, (pixels, labels) in pairs.items()}
+    train, judged = features["train"], features[part]
+    return {part: round(float(linear_probe.top1(train, judged, CLASSES)), 4),
+            "knn": round(float(knn.top1(train, judged, CLASSES, 20, 0.07)), 4)}
+
+
+def tests(cells: list[Cell], method: str, images: int) -> dict[int, float]:
+    """Returns seed → test accuracy of an arm, fine-tuned as it chose."""
+    if not any(matches(cell, {"kind": "tuned", "method": method, "images": images, "seed": 0}) for cell in cells):
         return {}
-    rate = shared.chosen(cells, kind="tuned", **arm)
-    return shared.by_seed((cell for cell in found if cell["lr"] == rate), "test")
+    mine = {key: value for key, value in best(cells, method, images).items() if key != "seed"}
+    return shared.by_seed((cell for cell in cells if matches(cell, mine)), "test")
 
 
-def table(size: Size, cells: list[Cell]) -> str:
-    """Returns the Markdown: a table for each data set, and what follows from it."""
-    lines = ["Top-1 on the test split after fine-tuning on the labels of nine tenths of the training split; mean "
-             f"(range) of seeds. Pre-training shows {size.images:,} images.", ""]
-    for name in size.sets:
-        heads = [f"{percent:g} %" for percent in size.percents]
-        lines += [f"**{name}**", "", f"| pre-trained with | {' | '.join(heads)} | drop to {heads[-1]} | images/s | "
-                  "pre-training s |", "|---" * (4 + len(heads)) + "|"]
-        for method in METHODS:
-            arms = [accuracies(cells, set=name, method=method, percent=percent) for percent in size.percents]
-            speeds = [cell for cell in cells if matches(cell, {"kind": "pretrained", "set": name, "method": method})]
-            lines.append(f"| {method} | {' | '.join(text([*arm.values()]) for arm in arms)} | "
-                         f"{text([*drops(arms).values()])} | "
-                         f"{_median(speeds, 'images_per_sec')} | {_median(speeds, 'seconds')} |")
-        for method in SCRATCH:
-            scores = accuracies(cells, set=name, method=method, percent=0)
-            lines.append(f"| nothing ({method}) | {text([*scores.values()])} {'| ' * (3 + len(heads))}|")
-        lines += ["", *verdicts(size, cells, name), ""]
-    return "\n".join(lines)
+def features(cells: list[Cell], method: str, images: int, key: str) -> dict[int, float]:
+    """Returns seed → 'test' (logistic regression) or 'knn' on the frozen features of an encoder."""
+    what = {"kind": "pretrained", "method": method, "images": images}
+    return shared.by_seed((cell for cell in cells if matches(cell, what)), key)
 
 
-def drops(arms: list[dict[int, float]]) -> dict[int, float]:
-    """Returns seed → what it loses from the first part to the last."""
-    return {seed: arms[0][seed] - arms[-1][seed] for seed in arms[0].keys() & arms[-1].keys()}
+def above(higher: dict[int, float], lower: dict[int, float]) -> float:
+    """Returns the mean difference of the seeds that both have; 0 without any."""
+    return statistics.mean([higher[seed] - lower[seed] for seed in higher.keys() & lower.keys()] or [0.0])
 
 
-def _median(cells: list[Cell], key: str) -> str:
-    return f"{statistics.median(cell[key] for cell in cells):.0f}" if cells else "-"
+def loses(cells: list[Cell]) -> bool:
+    """Says whether DINO has something to lose, on all images."""
+    return above(tests(cells, "dino", ALL), tests(cells, SCRATCH, 0)) >= GAIN and works(cells, "dino")
 
 
-def verdicts(size: Size, cells: list[Cell], name: str) -> list[str]:
-    """Says which methods are above scratch at 100 %, and where these and DINO are, which lose less than DINO."""
-    scratch = [cell for cell in cells if matches(cell, {"kind": "tuned", "set": name, "percent": 0, "seed": 0})]
-    chosen_arm = max(scratch, key=lambda cell: cell["val"], default={"method": ""})["method"]  # by the part held out
-    best = accuracies(cells, set=name, method=chosen_arm, percent=0)
-    found = {method: [accuracies(cells, set=name, method=method, percent=percent) for percent in size.percents]
-             for method in METHODS}
-    check = judge([Comparison(f"{method} above {chosen_arm or 'scratch'}", found[method][0], best, MARGIN)
-                   for method in METHODS])
-    useful = {method for method, finding in zip(METHODS, check, strict=True) if finding.verdict == SEEN}
-    claims = judge([Comparison(f"{method} loses less than dino", drops(found["dino"]), drops(found[method]), MARGIN,
-                               check={method, "dino"} <= useful) for method in METHODS[:-1]])
-    return ["Manipulation check, on all of the data:", "", verdict_table(check), "", "The claim:", "",
-            verdict_table(claims)]
+def works(cells: list[Cell], method: str) -> bool:
+    """Says whether fine-tuning is above k-NN on the same features, on all images."""
+    return above(tests(cells, method, ALL), features(cells, method, ALL, "knn")) > 0
 
 
-def plot(size: Size, cells: list[Cell]) -> bytes:
-    """Returns a PNG: accuracy over the part of the data that was pre-trained on, one panel for each data set."""
-    from matplotlib.figure import Figure
+def lost(cells: list[Cell], method: str) -> dict[int, float]:
+    """Returns seed → what a method loses from all images to the least."""
+    most, least = (tests(cells, method, images) for images in (ALL, LEAST))
+    return {seed: most[seed] - least[seed] for seed in most.keys() & least.keys()}
 
-    figure = Figure(figsize=(6.5 * len(size.sets), 4.5), layout="constrained", dpi=120)
-    for axes, name in zip(figure.subplots(1, len(size.sets), squeeze=False)[0], size.sets, strict=True):
-        for place, method in enumerate(METHODS):
-            arms = [(percent, [*accuracies(cells, set=name, method=method, percent=percent).values()])
-                    for percent in size.percents]
-            points = [(percent * 1.04 ** (place - 1.5), scores) for percent, scores in arms if scores]
-            if points:
-                x, means = zip(*[(x, statistics.mean(scores)) for x, scores in points], strict=True)
-                spread = [[abs(mean - end(scores)) for mean, (_, scores) in zip(means, points, strict=True)]
-                          for end in (min, max)]
-                axes.errorbar(x, means, spread, marker="o", capsize=3, label=method)
-        for method, style in zip(SCRATCH, (":", "--"), strict=True):
-            if scores := accuracies(cells, set=name, method=method, percent=0):
-                axes.axhline(statistics.mean(scores.values()), color="grey", linestyle=style, label=method)
-        axes.set_xscale("log")
-        axes.set_xticks(size.percents, [f"{percent:g} %" for percent in size.percents])
-        axes.minorticks_off()
-        axes.set_title(name)
-        axes.set_xlabel("part of the training images that pre-training saw")
-        axes.set_ylabel("top-1, mean and range of seeds")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    return shared.png(figure)
+
+def comparisons(cells: list[Cell]) -> list[Comparison]:
+    """Returns what is asked."""
+    return [Comparison(f"{method} loses less than dino", lost(cells, "dino"), lost(cells, method), MARGIN,
+                       loses(cells) and works(cells, method)) for method in METHODS if method != "dino"]
+
+
+def table(cells: list[Cell]) -> str:
+    """Returns the Markdown: accuracies, the manipulation check, and verdicts."""
+    def figures(values: dict[int, Any]) -> str:
+        return text([*values.values()])
+
+    lines = [f"Top-1 on the 10,000 test images after fine-tuning with {LABELS:,} labels; mean (range) of seeds. The "
+             "last two columns are of frozen features of all images.", "",
+             f"| pre-trained with | {' | '.join(f'{images:,} images' for images in PARTS)} | lost from most to least | "
+             "k-NN | logistic regression |", "|---" * (4 + len(PARTS)) + "|"]
+    for method in METHODS:
+        tests_of = [figures(tests(cells, method, images)) for images in PARTS]
+        frozen_of = [figures(features(cells, method, ALL, key)) for key in ("knn", "test")]
+        lines.append(f"| {method} | {' | '.join(tests_of)} | {figures(lost(cells, method))} | "
+                     f"{' | '.join(frozen_of)} |")
+    lines += [f"| nothing | {figures(tests(cells, SCRATCH, 0))} {'| ' * (3 + len(PARTS))}|", "",
+              f"Manipulation check: DINO is {GAIN:g} above no pre-training: {'yes' if loses(cells) else 'no'} "
+              f"({above(tests(cells, 'dino', ALL), tests(cells, SCRATCH, 0)):+.3f}). Fine-tuning is above k-NN: "
+              f"{', '.join(method for method in METHODS if works(cells, method)) or 'of no method'}.", ""]
+    findings = judge(comparisons(cells))
+    lines += [verdict_table(findings), "", *outlook(findings, PILOT_SEEDS, len(SEEDS))]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/small_data"), help="images and pre-trained encoders")
-    parser.add_argument("--prepare", action="store_true", help="write the images there, and end")
-    parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
+    parser.add_argument("--fashion", type=Path, default=Path("runs/fashion_mnist"), help="Fashion-MNIST's files")
+    parser.add_argument("--hours", type=float, default=0.0, help="begin no cell after so many hours; 0: no limit")
+    parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
     options = parser.parse_args()
-    if options.prepare:
-        prepare(options.work, options.clipart)
-        return
-    size, results = SIZES[options.size], RESULTS / f"results_{options.size}.jsonl"
-    cells = shared.read(results)
-
-    def report() -> None:
-        results.with_suffix(".md").write_text(table(size, cells))
-        results.with_suffix(".png").write_bytes(plot(size, cells))
-
-    with tempfile.TemporaryDirectory() as programs:
-        shared.go_on(results, cells, ([cell] for cell in plan(size, cells)),
-                     lambda cell: run(cell, cells, size, options.work, programs), report)
-    print(table(size, cells))
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "clothes.npz").exists():
+        prepare(options.work / "clothes.npz", options.fashion)
+    cells = shared.read(RESULTS)
+    stages = shared.limited(plan(cells), cells, hours=options.hours, at_once=options.workers)
+    shared.go_on(RESULTS, cells, stages, partial(run, work=options.work),
+                 lambda: RESULTS.with_suffix(".md").write_text(table(cells)), options.workers)
+    print(table(cells))
 
 
 if __name__ == "__main__":

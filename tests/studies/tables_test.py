@@ -9,7 +9,6 @@ from studies import cells as shared
 
 STUDIES = {"finetune.study": "results", "finetune.instrument": "instrument", "quickstart.study": "results",
            "dense.study": "results_cpu", "dense.patches": "patches", "mixing.study": "results",
-           "small_data.study": "results_cpu", "negative_transfer.study": "results_cpu",
            "negative_transfer.instrument": "instrument"}
 
 
@@ -17,8 +16,7 @@ STUDIES = {"finetune.study": "results", "finetune.instrument": "instrument", "qu
 def test_a_committed_table_is_that_of_the_committed_cells(name):
     study = importlib.import_module(f"studies.{name}")
     results = Path("studies", name.split(".")[0], f"{STUDIES[name]}.jsonl")
-    size = (study.SIZES["cpu"],) if hasattr(study, "SIZES") else ()
-    assert results.with_suffix(".md").read_text() == study.table(*size, shared.read(results))
+    assert results.with_suffix(".md").read_text() == study.table(shared.read(results))
 
 
 def test_no_study_calls_ranges_that_are_apart_a_difference():
