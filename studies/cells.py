@@ -117,12 +117,26 @@ def by_seed(cells: Iterable[Cell], key: str) -> dict[int, float]:
     return {cell["seed"]: cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])}
 
 
+def mean_gain(higher: dict[int, float], lower: dict[int, float]) -> float:
+    """Returns the mean difference of the seeds that both arms have; 0 without any."""
+    return statistics.mean([higher[seed] - lower[seed] for seed in higher.keys() & lower.keys()] or [0.0])
+
+
 def text(values: list[float], digits: int = 3) -> str:
     """Returns 'mean (least to most)', '-' for none."""
     if not values:
         return "-"
     mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def save(file: Path, arrays: dict[str, Any]) -> None:
+    """Writes an npz that is whole or not there."""
+    import numpy as np
+
+    part = file.with_name(f"part_{file.name}")
+    np.savez_compressed(part, **arrays)
+    part.replace(file)
 
 
 def positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cells as shared
 import emoji_drawings as emoji
 import numpy as np
 from etils import epath
@@ -39,7 +40,7 @@ def prepare(file: Path, fashion: Path, drawn: Path) -> None:
         labels = np.concatenate([parts[name][1][rows[name]] + FIRST[name] for name in CLASSES])
         order = rng(0, split, 0).permutation(len(labels))
         arrays |= {f"x_{split}": images[order], f"y_{split}": labels[order]}
-    np.savez_compressed(file, **arrays)
+    shared.save(file, arrays)
 
 
 def on_black(images: np.ndarray, labels: np.ndarray) -> Part:

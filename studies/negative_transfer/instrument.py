@@ -5,7 +5,7 @@
                                                                          (resumes after an interruption)
 
 A narrow MAE is trained on four domains (domains.py), which it then clusters. Mixtures go on from it, each with one
-change of the proportions that study.py has (`before`): experts in the last two odd blocks, half of the first
+change of the proportions that a former study had (`before`): experts in the last two odd blocks, half of the first
 training's rate, 0.4 of its steps, and gates that start undecided under noise. `all changes` has all of them. Each
 mixture is measured by how far its experts went from the MLP that they are copies of, and from each other; and by what
 the voted path of a domain is worth beside others, which is what MoCE lives by: the accuracy of a linear probe, and
@@ -62,10 +62,11 @@ def run(cell: Cell, work: Path) -> Cell:
     """Returns a cell with what was measured; what is trained stays under `work`."""
     begun, file, seed = time.process_time(), work / "domains.npz", cell["seed"]
     first = work / f"first_{seed}"
-    mixtures.train(mixtures.masked(file, "", seed, mixtures.FIRST_STEPS), first, work)
+    shared.trained(mixtures.masked(file, "", seed, mixtures.FIRST_STEPS), first, work)
     clusters = mixtures.clustered(first, work / f"clusters_{seed}", seed)
     if cell["kind"] == "first":
-        found: dict[str, Any] = {domain: mixtures.of_workdir(first, file, domain) for domain in CLASSES}
+        found: dict[str, Any] = {
+            domain: mixtures.measured(mixtures.load(first), file, domain) for domain in CLASSES}
     else:
         about = VARIANTS[cell["variant"]]
         folder = work / f"{cell['variant'].replace(' ', '_')}_{seed}"

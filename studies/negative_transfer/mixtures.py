@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.commands.cluster.images import cluster
 from mae_jax.commands.export.expert_path import (
+    HELD_OUT_SHARE,
     MAX_PROBED_PATHS,
     Task,
     cluster_paths,
@@ -43,7 +44,6 @@ EXPERTS, CLUSTERS, RATIO = 4, 16, 3.0  # of a mixture; the largest ratio of the 
 RANDOM = 3  # paths other than the voted one whose mean is a random path
 RATE, BETAS = 2e-2, (0.9, 0.98)  # per 256 images, of the first training; as in configs/quickstart.py
 ROWS = 380  # images that are encoded at once, half a test split
-HELD = 0.1  # of a domain's training images, on which probes of paths are compared
 FIRST_STEPS = 4800  # steps of the first training of all domains
 
 
@@ -85,15 +85,9 @@ def masked(file: Path, domain: str, seed: int, steps: int, lr: float = RATE, sta
     return config.lock()
 
 
-def train(config: ConfigDict, folder: Path, work: Path) -> dict[str, float]:
-    """Trains what is not there yet. Returns the last figures."""
-    return shared.last_values(folder) if (folder / "DONE").exists() else shared.trained(config, folder, work)
-
-
 def clustered(encoder: Path, folder: Path, seed: int) -> str:
     """Clusters the images of all domains by an encoder, if that is not done. Returns the folder."""
-    if not (folder / "clusters.npz").exists():
-        cluster(str(encoder), str(folder), CLUSTERS, -1, RATIO, seed, None)
+    cluster(str(encoder), str(folder), CLUSTERS, -1, RATIO, seed, None)
     return str(folder)
 
 
@@ -205,7 +199,7 @@ def measured(params: Any, file: Path, domain: str) -> dict[str, float]:
 def held_out(params: Any, file: Path, domain: str) -> float:
     """Returns the top-1 of logistic regression on a held-out part of a domain's training images."""
     patches, labels = images(file, domain, "train")
-    found, rest = features(params, patches), round(len(labels) * (1 - HELD))
+    found, rest = features(params, patches), round(len(labels) * (1 - HELD_OUT_SHARE))
     return linear_probe.top1((found[:rest], labels[:rest]), (found[rest:], labels[rest:]), CLASSES[domain])
 
 
@@ -216,9 +210,9 @@ def untrained(seed: int) -> Any:
     return dense().init(jax.random.key(seed), {"patches": patches, "order": order})[0]
 
 
-def of_workdir(source: Path, file: Path, domain: str) -> dict[str, float]:
-    """Returns `measured` of a workdir's encoder."""
-    return measured(split_eval_params(load_params(str(source), extras=True))[0], file, domain)
+def load(folder: Path) -> Any:
+    """Returns the parameters of a workdir."""
+    return split_eval_params(load_params(str(folder), extras=True))[0]
 
 
 def mixed(about: Mixture, seed: int, file: Path, first: Path, clusters: str, folder: Path, work: Path,
@@ -230,7 +224,7 @@ def mixed(about: Mixture, seed: int, file: Path, first: Path, clusters: str, fol
       for; 'confidence', the largest gate.
     """
     fields = {"blocks": about.blocks, **(about.gate or {})}
-    last = train(masked(file, "", seed, about.steps, about.rate, str(first), fields, clusters), folder, work)
+    last = shared.trained(masked(file, "", seed, about.steps, about.rate, str(first), fields, clusters), folder, work)
     paths = Paths(folder, file)
     found = {how: {domain: paths.measured(domain, how) for domain in CLASSES} for how in ways}
     return found | moved(first, folder) | {

@@ -1,5 +1,7 @@
 """The study of small data: rates chosen on the held-out part, ends where nothing can be told, verdicts of effects."""
 
+from mae_jax.config import validate
+from mae_jax.data.sources import splits
 from studies.small_data import study as small
 from studies.verdicts import INSENSITIVE, OPPOSITE, SEEN
 from tests.helpers.study_runs import noise, run_all, verdicts
@@ -7,14 +9,16 @@ from tests.helpers.study_runs import noise, run_all, verdicts
 LOST = {"splitmask": 0.02, "beit": 0.05, "mae": 0.1, "dino": 0.05}  # with the least images
 
 
-def learned(dino=0.1, knn=0.6):
-    """Returns what a run measures: DINO's gain over no pre-training, and k-NN on frozen features."""
+def learned(dino=0.1, beit=0.1, knn=None):
+    """Returns what a run measures: gains over no pre-training, and a method's k-NN where it is not low."""
     def measured(cell):
         method, images = cell["method"], cell["images"]
-        if cell["kind"] != "tuned":
-            part = "val" if cell["kind"] == "pilot" else "test"
-            return {part: 0.6 - abs(cell["lr"] - 4e-3), "knn": knn}
-        gain = {"scratch": 0.0, "dino": dino}.get(method, 0.1) - LOST.get(method, 0.0) * (images == small.LEAST)
+        if cell["kind"] == "pilot":
+            return {"val": 0.6 - abs(cell["lr"] - 4e-3)}
+        if cell["kind"] == "pretrained":
+            return {"knn": (knn or {}).get(method, 0.5)}
+        gain = {"scratch": 0.0, "dino": dino, "beit": beit}.get(method, 0.1)
+        gain -= LOST.get(method, 0.0) * (images == small.LEAST)
         best = cell["lr"] == 8e-3 and cell["steps"] == (small.LONGER if method == "scratch" else small.STEPS)
         return {"val": 0.6 + best, "test": 0.6 + gain + noise(method, images, cell["seed"])}
     return measured
@@ -36,19 +40,47 @@ def test_small_data_end_after_three_seeds_where_dino_has_nothing_to_lose():
     assert {cell["images"] for cell in cells if cell["method"] != "scratch"} == {small.ALL}
     assert {cell["seed"] for cell in cells} == {0, 1, 2}
     assert set(verdicts(small, cells).values()) == {INSENSITIVE}
-    assert "pre-training: no (+0.04" in small.table(cells)
 
 
 def test_small_data_end_where_finetuning_is_below_knn():
-    cells = run_all(small, learned(knn=0.75))
+    cells = run_all(small, learned(knn={"dino": 0.75}))
     assert {cell["seed"] for cell in cells} == {0, 1, 2}
+
+
+def test_a_method_that_gains_nothing_or_whose_finetuning_fails_is_not_judged():
+    for measured, method in ((learned(beit=0.04), "beit"), (learned(knn={"splitmask": 0.75}), "splitmask")):
+        cells = run_all(small, measured)
+        found = verdicts(small, cells)
+        assert found[f"{method} loses less than dino"] == INSENSITIVE
+        assert found["mae loses less than dino"] == OPPOSITE
+        [line] = [line for line in small.table(cells).splitlines() if line.startswith(f"| {method} |")]
+        assert line.endswith("| no |")
+
+
+def test_nothing_is_judged_where_dino_fails_the_check_with_all_seeds():
+    cells = [cell | ({"knn": 0.75} if cell["kind"] == "pretrained" and cell["method"] == "dino" else {})
+             for cell in run_all(small, learned())]
     assert set(verdicts(small, cells).values()) == {INSENSITIVE}
-    assert "above k-NN: of no method" in small.table(cells)
 
 
 def test_the_images_that_choose_are_in_no_other_part(tmp_path):
-    assert max(small.PARTS) + small.HELD == 60_000
     cell = small.tuned("mae", small.ALL, 4e-3, 8e-3)
     data = small.finetuning(cell, tmp_path, "").data
-    assert (data.train_split, data.val_split) == ("train[:1000]", "train[-2000:]")
-    assert small.pretraining(cell | {"kind": "pretrained", "images": 580}, tmp_path).data.train_split == "train[:580]"
+    held = splits.parse(data.val_split).bounds(60_000)
+    assert held == (58_000, 60_000)
+    assert splits.parse(data.train_split).bounds(60_000) == (0, 1000)
+    for images in small.PARTS:
+        config = small.pretraining(cell | {"kind": "pretrained", "images": images}, tmp_path)
+        assert splits.parse(config.data.train_split).bounds(60_000) == (0, images)
+        assert images <= held[0]
+
+
+def test_configs_of_small_data_are_valid(tmp_path):
+    (tmp_path / "clothes.npz").touch()
+    for method in small.METHODS:
+        cell = {"kind": "pilot", "method": method, "images": small.ALL, "seed": 0, "lr": 4e-3}
+        validate(small.pretraining(cell, tmp_path))
+        tuning = small.finetuning(cell | {"steps": 10}, tmp_path, "")
+        validate(tuning)
+        assert not tuning.eval.test
+    assert small.finetuning(small.tuned("mae", 580, 4e-3, 8e-3), tmp_path, "").eval.test
