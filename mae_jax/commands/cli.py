@@ -17,8 +17,9 @@ import mae_jax
 from mae_jax import plugins, presets, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
-from mae_jax.runtime.discovery import quiet_cuda, quiet_libtpu
+from mae_jax.runtime.discovery import has_accelerator, quiet_cuda, quiet_libtpu
 from mae_jax.runtime.exit import exit_process
+from mae_jax.runtime.memory import keep_freed
 
 HELP = ("-h", "-?", *(dashes + name for dashes in ("-", "--") for name in ("help", "helpfull", "helpshort")))
 
@@ -130,6 +131,8 @@ def guarded(command: Callable[[], int]) -> int:
     quiet_logs()
     quiet_libtpu(os.environ)
     quiet_cuda(os.environ)
+    if not has_accelerator(os.environ):
+        keep_freed(os.environ)
     try:
         code = command()
     except (Exception, KeyboardInterrupt) as error:

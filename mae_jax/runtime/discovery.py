@@ -13,6 +13,7 @@ from mae_jax.errors import UserError
 TPU_PORT = 8476  # port of process 0 on TPU VMs (our choice)
 METADATA_SECONDS = 2.0  # timeout of the metadata server, which exists on TPU VMs only
 NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU: on a host, in Docker, in WSL2
+AMD = "/dev/kfd"
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 
@@ -135,6 +136,11 @@ def quiet_cuda(environ: MutableMapping[str, str]) -> None:
     """
     if not any(map(os.path.exists, NVIDIA)):
         environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def has_accelerator(environ: Mapping[str, str]) -> bool:
+    """Says whether JAX may find a GPU or a TPU, without asking it."""
+    return environ.get("JAX_PLATFORMS") != "cpu" and bool(_chips() or any(map(os.path.exists, (*NVIDIA, AMD))))
 
 
 def _chips() -> list[str]:

@@ -108,3 +108,15 @@ def test_the_cuda_plugin_is_told_where_there_is_no_gpu(monkeypatch):
     environ.clear()
     discovery.quiet_cuda(environ)
     assert environ == {}
+
+
+@pytest.mark.parametrize("device", ["/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/1"])
+def test_an_accelerator_is_known_before_jax_looks_for_it(monkeypatch, device):
+    monkeypatch.setattr(discovery.os.path, "exists", lambda path: path == device)
+    monkeypatch.setattr(discovery.glob, "glob", lambda pattern: [device] * (pattern[:8] == device[:8]))
+    assert discovery.has_accelerator({})
+    assert discovery.has_accelerator({"JAX_PLATFORMS": "cuda,cpu"})
+    assert not discovery.has_accelerator({"JAX_PLATFORMS": "cpu"})
+    monkeypatch.setattr(discovery.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(discovery.glob, "glob", lambda pattern: [])
+    assert not discovery.has_accelerator({})
