@@ -2,10 +2,11 @@
 
   git worktree add ../before HEAD~1
   python benchmarks/step_cost.py before=../before now=. --rounds=15
-  python benchmarks/step_cost.py now=. huge=.,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 --config.batch_size=4
+  python benchmarks/step_cost.py default=.,MALLOC_CHECK_=0 kept=. --config=configs/detect.py:digits
 
-Each version is a checkout of this repository, with optional environment variables. Flags --config.FIELD=VALUE change
-the ViT-B/16 recipe. Ratios compare the first version with each other one: above 1 is faster.
+Each version is a checkout of this repository, with optional environment variables; one that begins with MALLOC_ leaves
+glibc's allocator as it is, where else it keeps what is freed, as all commands do. The step is ViT-B/16's, or that of
+--config; flags --config.FIELD=VALUE change it. Ratios compare the first version with each other one: above 1 is faster.
 """
 
 import argparse
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 WORKER = """
-import json, resource, sys, time
+import json, os, resource, sys, time
+try:
+    from mae_jax.runtime.memory import keep_freed
+    keep_freed(os.environ)
+except ImportError:  # a version that has no such function
+    pass
 from absl import flags
 from mae_jax.commands import cli
 from mae_jax.commands.bench.timed_step import TimedStep
 config = cli.define_config()
-flags.FLAGS([sys.argv[0], "--config=configs/vit_b_mae.py:repo", *sys.argv[1:]])
+flags.FLAGS([sys.argv[0], "--config=configs/vit_b_mae.py:repo", *sys.argv[1:]])  # of two --config the last counts
 timed = TimedStep(config.value)
 memory = timed.step.memory_analysis().temp_size_in_bytes / 2**30
 print(json.dumps({"compile_seconds": timed.compile_seconds, "temp_gib": memory}), flush=True)

@@ -59,8 +59,9 @@ def objects() -> None:
                 box, kind = draw_thing(scene, rng)
                 x1, y1, x2, y2 = box
                 outline = [x1, y1, x2, y1, x2, y2, x1, y2] if kind == 1 else ellipse(*box)
+                area = (x2 - x1) * (y2 - y1) * (1 if kind == 1 else np.pi / 4)
                 annotations.append({"id": len(annotations), "image_id": number, "category_id": kind, "iscrowd": 0,
-                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": area,
                                     "segmentation": [outline]})
             scene.save(folder / "images" / name)
         categories = [{"id": 1, "name": "card"}, {"id": 2, "name": "coin"}]

@@ -85,6 +85,9 @@ DEFAULTS: dict[str, Any] = {  # besides the group `method`: its name, and the fi
         "scales": (0.5, 2.0),  # of augment=scaled: size of the image, relative to one that the crop just fits
         "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
         "max_objects": 100,  # most objects of an image that are trained on; rows of the objects' batch fields
+        # Crowds (iscrowd=1), many objects annotated as one. ignored: not trained on (COCO); objects: each is an object,
+        # as CVAT writes masks that were drawn by brush.
+        "crowds": "ignored",
         "flip": True,  # True: half of the training images are mirrored
         # EXIF orientation. apply: images are turned as it says; ignore: not; auto: apply, except in runs of an older
         # recipe_version.

@@ -12,6 +12,7 @@ CHOICES: dict[str, Collection[str]] = {  # `config.choices` adds those that plug
     "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random", "scaled", "lsj", "multi_scale"),
+    "data.crowds": ("ignored", "objects"),
     "data.exif": ("auto", "apply", "ignore"),
     "data.formats": ("auto", "all", "common"),
     "data.resize": ("exact", "fast", "graph"),

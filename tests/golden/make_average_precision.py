@@ -19,7 +19,7 @@ def main() -> None:
         truth, found = scenes(seed=seed)
         out |= {f"{seed}/{name}": value for name, value in flat(truth, found).items()}
         for kind in ("box", "mask"):
-            figures = average_precision.of_library("pycocotools", "COCOeval", truth, found, kind == "mask")
+            figures = average_precision.of_pycocotools(truth, found, kind == "mask")
             out[f"{seed}/{kind}"] = np.array([figures[name] for name in average_precision.FIGURES])
     np.savez_compressed(Path(__file__).with_name("average_precision.npz"), **out)
 

@@ -1,4 +1,4 @@
-"""Writes detection.npz: what torchvision makes of boxes, anchors, matches, RoIAlign, masks and losses.
+"""Writes detection.npz: what torchvision makes of boxes, anchors, matches, RoIAlign and masks.
 
   python tests/golden/make_detection.py      (needs torchvision; its readers do not)
 """

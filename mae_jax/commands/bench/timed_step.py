@@ -54,8 +54,8 @@ class TimedStep:
           info: the `data.DataInfo` for which the method is built; None: that of ImageNet-1K.
         """
         import jax
-        import numpy as np
 
+        from mae_jax.commands.bench import made_up
         from mae_jax.data import ASSUMED
         from mae_jax.runtime import sharding
         from mae_jax.training import throughput
@@ -63,16 +63,7 @@ class TimedStep:
 
         program = build(config, info or ASSUMED)
         self.config, self.mesh = config, program.mesh
-        draws, spec = np.random.default_rng(0), program.batch
-        host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
-                for name, s in spec.items()}
-        for name, s in spec.items():
-            if name.endswith("patches"):
-                host[name] = draws.integers(0, 256, s.shape, np.uint8)
-            elif name == "cluster":
-                host[name] = np.asarray(draws.integers(0, program.method.num_clusters, s.shape, s.dtype))
-            elif name.endswith("order"):
-                host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
+        host = made_up.batch(program.method, program.batch)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
         with jax.set_mesh(self.mesh):
             self.state = program.init(self.batch)

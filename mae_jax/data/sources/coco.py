@@ -5,6 +5,7 @@ without an object are left out of a training split, as in detectron2, but not of
 without an outline is its box.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     root = _path(data)
     found = coco_files.layout(root)
     file = found.file(split.name)
-    table = coco_annotations.read(file)
+    table = _table(data, file)
     _check_classes(data, found, file, table)
     chosen = np.arange(len(table.images.names))
     if "" in found.files:
@@ -48,7 +49,11 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     chosen = chosen[start:stop]
     chosen = _told(chosen, there[chosen], table, f"{file}: {{}} of {str(split)!r} missing in {folder}, and left out")
     if str(split) in map(str, splits.parts(data.train_split)):
-        counts = _objects(table)
+        counts, crowds = _objects(table), _crowds(table)
+        if chosen.size and not counts[chosen].any():
+            raise UserError(f"{file}: no image of {str(split)!r} has an object{crowds and f': {crowds}'}")
+        if crowds:
+            log.warning("%s: %s", file, crowds)
         chosen = _told(chosen, counts[chosen] > 0, table, f"{file}: {{}} of {str(split)!r} without an object, and left "
                        "out of training")
         _told(chosen, counts[chosen] <= data.max_objects, table,
@@ -58,6 +63,22 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         printable_name, names), table.classes, objects.FIELDS, annotations=Annotations(
         functools.partial(_truth, table), table.category_ids, table.outlined))
     return source.only(chosen)
+
+
+def _table(data: ConfigDict, file: epath.Path) -> Table:
+    """Returns the annotations of a file, in which crowds are objects where data.crowds says so."""
+    table = coco_annotations.read(file)
+    if data.crowds == "objects":
+        return dataclasses.replace(table, crowd=np.zeros_like(table.crowd))
+    return table
+
+
+def _crowds(table: Table) -> str:
+    """Says how many annotations are crowds, since some programs call every mask one; '' if none is."""
+    if not table.crowd.any():
+        return ""
+    return (f"{table.crowd.sum()} of {pluralize(len(table.crowd), 'annotation')} are crowds (iscrowd=1), and not "
+            "trained on. If each is one object, as CVAT writes masks that were drawn by brush, set data.crowds=objects")
 
 
 def _check_classes(data: ConfigDict, found: coco_files.Layout, file: epath.Path, table: Table) -> None:
@@ -82,7 +103,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
     each = []
     for field, source in opened.items():
         file = found.file(splits.parts(data[field])[0].name)
-        table = coco_annotations.read(file)
+        table = _table(data, file)
         each.append(f"{pluralize(source.size, 'image')} in {data[field]} ({file.name} has "
                     f"{pluralize(len(table.label), 'object')})")
     by = "pycocotools" if outlines.routine() else "scikit-image, since pycocotools is not installed (extra coco)"

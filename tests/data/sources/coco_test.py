@@ -31,7 +31,7 @@ def forget():
 
 def config(root, **fields):
     return ConfigDict({"source": "coco", "path": str(root), "train_split": "train", "val_split": "",
-                       "eval_split": "val", "max_objects": 100, **fields})
+                       "eval_split": "val", "max_objects": 100, "crowds": "ignored", **fields})
 
 
 def load(root, split="train", **fields):
@@ -42,9 +42,27 @@ def names(source):
     return [source.name(i) for i in range(source.size)]
 
 
-def test_coco_as_it_is_published(tmp_path):
+def test_masks_of_a_brush_which_cvat_calls_crowds_are_objects_on_demand(tmp_path, caplog):
+    coco_data.coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation |= {"iscrowd": 1, "attributes": {"occluded": False}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"no image of 'train' has an object: 4 of 4 .* set data.crowds=objects"):
+        load(tmp_path)
+    train = load(tmp_path, crowds="objects")
+    assert train.size == 2
+    assert not any(train.read(i).objects.crowd.any() for i in range(2))
+    assert train.read(1).objects.regions[1].values.any()
+    assert not any(train.annotations.truth(i).objects.crowd.any() for i in range(2))
+    assert "crowds" not in caplog.text
+
+
+def test_coco_as_it_is_published(tmp_path, caplog):
     coco_data.coco(tmp_path)
     train, val = load(tmp_path), load(tmp_path, "val")
+    assert "1 of 4 annotations are crowds (iscrowd=1), and not trained on" in caplog.text
     assert names(train) == ["000000000000.png", "000000000002.png"]  # the one between has no object
     assert names(val) == ["000000000007.png"]
     assert train.classes == ("cat", "dog", "kite")
