@@ -135,7 +135,7 @@ def benchmarking(config: ConfigDict, size: str) -> None:
     """Sets the protocol of arXiv 2111.11429, as in hustvl/MIMDet's configs/benchmarking."""
     coco(config, size, 1024, "lsj")
     config.batch_size = 64
-    config.model.update(drop_path=0.1, positions="fixed")
+    config.model.update(drop_path=0.1, positions="fixed", auto=("positions",))  # of MAE; those of others are learned
     config.method.update(window=16, global_blocks=GLOBAL[size], map_blocks=GLOBAL[size], pyramid="blocks", norm="batch")
     config.optim.update(lr=8e-5 * 256 / 64, warmup="0.25 epochs", weight_decay=0.1, clip=0.0)
     epochs(config, 100)

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from mae_jax import presets
+from mae_jax import presets, recipe
 from mae_jax.config import SHAPE, default, validate
 from mae_jax.errors import UserError
 from mae_jax.interop.hf import to_hf
@@ -123,18 +123,31 @@ def test_a_resumed_run_has_the_shape_that_it_began_with(tmp_path):
     assert workdir.changes(epath.Path(tmp_path / "run"), again) == []
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_that_start_from_an_encoder_leave_its_shape_open(recipe):
-    get_config = runpy.run_path(f"configs/{recipe}.py")["get_config"]
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_start_from_an_encoder_leave_its_shape_open(name):
+    get_config = runpy.run_path(f"configs/{name}.py")["get_config"]
     assert get_config().model.auto == SHAPE
     assert get_config("runlocal").model.auto == ()
     with presets.given({"model.heads", "optim.lr"}):
         assert get_config().model.auto == tuple(field for field in SHAPE if field != "heads")
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:4])
-def test_a_size_that_is_named_holds(recipe):
-    config = runpy.run_path(f"configs/{recipe}.py")["get_config"]("B")
+def test_the_benchmarking_detector_takes_learned_positions_where_its_encoder_has_them(tmp_path):
+    auto, fixed = (recipe("detect:benchmarking_b").model[name] for name in ("auto", "positions"))
+    assert (auto, fixed) == (("positions",), "fixed")
+    for positions in ("learned", "fixed"):
+        folder = tmp_path / positions
+        folder.mkdir()
+        source = of_others(folder, to_timm, tiny_supervised({"model.positions": positions}))
+        config = open_config(source, auto=auto, positions=fixed)
+        assert with_shape(config).model.positions == positions  # a table of sines is recognized
+        source, _ = written(folder, tiny_config({"model.positions": positions}))
+        assert with_shape(open_config(source, auto=auto, positions=fixed)).model.positions == positions
+
+
+@pytest.mark.parametrize("name", RECIPES[:4])
+def test_a_size_that_is_named_holds(name):
+    config = runpy.run_path(f"configs/{name}.py")["get_config"]("B")
     assert (config.model.auto, config.model.width) == ((), 768)
 
 
