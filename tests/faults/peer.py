@@ -37,7 +37,7 @@ TOP1 = 20 / 27  # hence: what whoever goes by colors is right about
 
 
 def small_config(folder: Path, fields: dict | None = None):
-    """Returns a config that trains on <folder>/batches_<method>, written when they are not there."""
+    """Returns a config that trains on <folder>/batches_<method>, written when they are not there, or on data.source."""
     fields = dict(fields or {})
     method = fields.pop("method", "mae")
     batches = folder / f"batches_{method}"
@@ -45,7 +45,8 @@ def small_config(folder: Path, fields: dict | None = None):
         "batch_size": 16, "train.duration": f"{STEPS} steps", "optim.ema": 0.9, "optim.lr": 0.001,
         "checkpoint.every": "4 steps", "checkpoint.keep_last": 2, "log.every": "4 steps", "data.source": "batches",
         "data.path": str(batches), "data.eval_split": "", "eval.max_examples": 100, **fields}, method)
-    write_batches(batches, config)
+    if config.data.source == "batches":
+        write_batches(batches, config)
     return config
 
 

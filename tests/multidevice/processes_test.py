@@ -76,6 +76,24 @@ def test_processes_share_vocabulary_negatives_and_center_as_the_devices_of_one_d
     np.testing.assert_allclose(states[1][name], states[0][name], atol=1e-5)
 
 
+def test_a_detector_begins_on_two_processes_as_on_one(place):
+    """Later, an anchor or region whose overlap lies at a threshold may be sampled by one and not by the other."""
+    fields = {"method": "detection", "data.source": "digit_scenes", "data.path": "", "data.image_size": (48, 48),
+              "data.augment": "none", "checkpoint.every": "20 steps", "log.every": "1 steps"}
+    for name, processes, devices in (("detector_one", 1, 1), ("detector_two", 2, 4)):
+        finish(place / name, place / "compiled", processes, devices, fields)
+    one, two = (json.loads((place / name / "metrics.jsonl").read_text().splitlines()[0])
+                for name in ("detector_one", "detector_two"))
+    losses = [name for name in one if name.startswith("train/") and "loss" in name]
+    assert len(losses) >= 6
+    np.testing.assert_allclose([two[name] for name in losses], [one[name] for name in losses], rtol=1e-5)
+    assert two["train/positive_regions"] == one["train/positive_regions"] > 0
+    runs = [metrics(place / name, "train/loss") for name in ("detector_one", "detector_two")]
+    assert len(set(runs[0])) == peer.STEPS
+    assert runs[0][-1] < runs[0][0]
+    np.testing.assert_allclose(runs[1], runs[0], rtol=0.05)
+
+
 def test_processes_end_early_at_the_same_step_and_stay_so(place):
     fields = {"data.source": "photo_crops", "data.path": "", "data.train_split": "train[:64]",
               "data.val_split": "train[3336:]", "data.eval_split": "test[:16]", "eval.max_examples": 16,
