@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # parameters of glibc's mallopt (malloc.h)
 HUGE_PAGES = 14  # MADV_HUGEPAGE (mman.h)
-KEPT_SHARE = 0.5  # of the machine's memory, whose addresses are marked for huge pages (our choice)
+KEPT_SHARE = 0.5  # of the machine's memory: so many addresses are marked for huge pages
 
 
 def peak_memory() -> int:
