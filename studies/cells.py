@@ -16,12 +16,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_jax.runtime.discovery import has_accelerator
+from mae_jax.runtime.memory import keep_freed
+
 Cell = dict[str, Any]
-# Of workers: they share a GPU's memory; and on a CPU they keep what they have freed, in huge pages. XLA allocates each
-# array of a step anew, and of a small detector half of the step was the kernel's work on new pages (on a virtual
-# machine: 15 steps took 27.0 s of a core without, 17.3 s with the three of malloc, 13.9 s with all four).
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0",
-               "MALLOC_TRIM_THRESHOLD_": "16000000000", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def read(file: Path) -> list[Cell]:
@@ -42,8 +40,7 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
     the device: such a study must not take times from them. Each has its own part of the cores where it can be set.
     """
     if workers > 1:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         context = multiprocessing.get_context("spawn")
         numbers = context.SimpleQueue()
         for number in range(workers):
@@ -71,7 +68,12 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
 
 
 def pin(numbers: "multiprocessing.SimpleQueue[int]", workers: int) -> None:
-    """Gives this process every `workers`-th core, before JAX makes as many threads as it sees cores."""
+    """Gives this process every `workers`-th core, before JAX makes as many threads as it sees cores.
+
+    It keeps what it frees, as commands do.
+    """
+    if not has_accelerator(os.environ):
+        keep_freed(os.environ)
     number = numbers.get()
     if hasattr(os, "sched_setaffinity") and (mine := sorted(os.sched_getaffinity(0))[number::workers]):
         os.sched_setaffinity(0, mine)

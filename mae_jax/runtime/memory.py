@@ -21,7 +21,7 @@ def keep_freed(environ: Mapping[str, str]) -> bool:
     """Has glibc keep what is freed, in huge pages; for a process whose device is the CPU.
 
     XLA allocates the arrays of a step anew at each step. By default they go back to the kernel when they are freed, and
-    come from it as new pages of 4 KiB, each filled with zeros: of some steps half of the time (docs/performance.md).
+    come from it as new pages of 4 KiB, each filled with zeros: of some steps a third of the time (docs/performance.md).
     Here one arena serves all threads, nothing is mapped on its own or trimmed, and the heap is in huge pages where the
     kernel lets a program ask for them. The peak is the same; less is given back after it.
 

@@ -179,8 +179,7 @@ def passed(cells: list[Cell], task: str) -> dict[str, bool]:
     found = {}
     for name, measure in TASKS[task].measures.items():
         scratch, frozen = (values(cells, task, arm, name) for arm in (SCRATCH, FROZEN))
-        gains = [scratch[seed] - frozen[seed] for seed in scratch.keys() & frozen.keys()]
-        found[name] = bool(gains) and statistics.mean(gains) >= measure.margin and (
+        found[name] = shared.mean_gain(scratch, frozen) >= measure.margin and (
             measure.floor < statistics.mean(scratch.values()) < measure.ceiling)
     return found
 

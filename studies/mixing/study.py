@@ -129,7 +129,7 @@ def probes(cells: list[Cell], arm: str, when: str = "last") -> dict[int, float]:
 def passed(cells: list[Cell]) -> bool:
     """Says whether MAE is above its own start by GAIN, in the mean of the seeds that are there."""
     before, after = (probes(cells, "mae", when) for when in ("first", "last"))
-    return bool(after) and statistics.mean(after[seed] - before[seed] for seed in after) >= GAIN
+    return shared.mean_gain(after, before) >= GAIN
 
 
 def comparisons(cells: list[Cell]) -> list[Comparison]:

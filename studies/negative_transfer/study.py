@@ -64,11 +64,11 @@ def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
     if not learns(cells):
         return
     yield [cell | {"kind": "pilot", "lr": lr} for lr in RATES for cell in arms((0,), ALL_LONGER, ALONE_LONGER)]
-    rates = {"rates": {arm: rate(cells, arm) for arm in FIRSTS}}
-    yield arms(pilots, ALL_LONGER, ALONE_LONGER, **rates)
+    rates = {arm: rate(cells, arm) for arm in FIRSTS}
+    yield arms(pilots, ALL_LONGER, ALONE_LONGER, rates)
     yield [{"arm": MOCE, "seed": seed} for seed in pilots]
     yield arms(others, ALL, ALONE)
-    yield arms(others, ALL_LONGER, ALONE_LONGER, **rates)
+    yield arms(others, ALL_LONGER, ALONE_LONGER, rates)
     if differ(cells):
         yield [{"arm": MOCE, "seed": seed} for seed in others]
 
