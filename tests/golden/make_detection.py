@@ -1,4 +1,4 @@
-"""Writes detection.npz: what torchvision makes of boxes, anchors, matches, RoIAlign and masks.
+"""Writes detection.npz: what torchvision makes of boxes, anchors, matches, RoIAlign, masks and losses.
 
   python tests/golden/make_detection.py      (needs torchvision; its readers do not)
 """
@@ -6,6 +6,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchvision would compile its RoIAlign, for minutes
 
@@ -23,6 +24,12 @@ from torchvision import ops  # noqa: E402
 from torchvision.models.detection import _utils as utils  # noqa: E402
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
 from torchvision.models.detection.image_list import ImageList  # noqa: E402
+from torchvision.models.detection.roi_heads import (  # noqa: E402
+    fastrcnn_loss,
+    maskrcnn_loss,
+    project_masks_on_boxes,
+)
+from torchvision.models.detection.rpn import RegionProposalNetwork  # noqa: E402
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SIDES = {7: (2, 1, -1), 14: (2,)}  # bins → samples per bin and axis; -1: adaptive
@@ -109,9 +116,49 @@ def masks(draws: np.random.Generator) -> dict[str, np.ndarray]:
             "masks/mean": mean, "masks/probabilities": probabilities, "masks/pasted": np.float16(torch.stack(pasted))}
 
 
+def losses(draws: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns sampled boxes of two images, what a model makes of them, and torchvision's losses."""
+    shape, classes, side = (2, 12), 3, 7
+    kind = np.int32([[1] * 5 + [0] * 7, [1] * 3 + [0] * 6 + [-1] * 3])
+    label = draws.integers(classes, size=shape).astype(np.int32)
+    logits, objectness = (np.float32(draws.normal(0, 2, (*shape, *last))) for last in ((classes + 1,), ()))
+    deltas = np.float32(draws.normal(0, 1, (*shape, classes, 4)))
+    # Smooth L1 is L1 less half its bound, 1 / 9, if errors are above it, as those of regions are here.
+    away = draws.choice([-1, 1], (*shape, 4)) * draws.uniform(0.2, 2, (*shape, 4))
+    targets = np.float32(np.take_along_axis(deltas, label[..., None, None], 2)[:, :, 0] + away)
+    first = np.float32(targets + draws.normal(0, 0.2, (*shape, 4)))
+    masks = np.float32(draws.normal(0, 2, (*shape, side, side, classes)))
+    used, positive, named = kind.reshape(-1) >= 0, kind.reshape(-1) == 1, torch.tensor(label.reshape(-1) + 1).long()
+
+    def flat(values: np.ndarray) -> torch.Tensor:
+        return torch.tensor(values.reshape(-1, *values.shape[2:]))
+
+    network = SimpleNamespace(fg_bg_sampler=lambda _: [[torch.tensor(each == which) for each in kind]
+                                                       for which in (1, 0)])
+    of_proposals = RegionProposalNetwork.compute_loss(
+        network, flat(objectness), flat(first), [torch.tensor(np.float32(each)) for each in kind],
+        [torch.tensor(each) for each in targets])
+    # The background is the first class there, the last one here.
+    of_regions = fastrcnn_loss(
+        flat(np.roll(logits, 1, -1))[used], flat(np.pad(deltas, ((0, 0), (0, 0), (1, 0), (0, 0))))[used].flatten(1),
+        [torch.where(torch.tensor(positive), named, 0)[used]], [flat(targets)[used]])
+    bitmaps, place = torch.tensor(draws.random((24, 96, 96)) < 0.5).float(), torch.tensor(boxes(draws, 24, 96))
+    own = torch.arange(24)
+    of_masks = maskrcnn_loss(
+        flat(np.pad(masks, ((0, 0),) * 4 + ((1, 0),))).permute(0, 3, 1, 2)[positive], [place[positive]], [bitmaps],
+        [named], [own[positive]])
+    pairs = np.stack([boxes(draws, 24, 96), boxes(draws, 24, 96)])
+    found = {"kind": kind, "label": label, "logits": logits, "objectness": objectness, "deltas": deltas,
+             "targets": targets, "first": first, "masks": masks, "pairs": pairs,
+             "mask_targets": project_masks_on_boxes(bitmaps, place, own, side).numpy().reshape(*shape, side, side),
+             "of_proposals": np.stack(of_proposals), "of_regions": np.stack(of_regions), "of_masks": of_masks.numpy(),
+             "of_pairs": ops.generalized_box_iou_loss(*torch.tensor(pairs)).numpy()}
+    return {f"loss/{name}": value for name, value in found.items()}
+
+
 def main() -> None:
     draws = np.random.default_rng(0)
-    arrays = matches(draws) | coded(draws) | anchors() | aligned(draws) | masks(draws)
+    arrays = matches(draws) | coded(draws) | anchors() | aligned(draws) | masks(draws) | losses(draws)
     np.savez_compressed(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "detection.npz"), **arrays)
 
 

@@ -1,4 +1,6 @@
-"""The losses of detection against their formulas, written out in NumPy for each sample."""
+"""The losses of detection against torchvision's, and against their formulas written out in NumPy for each sample."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,35 @@ from mae_jax.ops.detection.boxes import decode
 
 proposal_losses = jax.jit(detection.proposal_losses, static_argnums=5)
 region_losses = jax.jit(detection.region_losses)
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden/detection.npz"))
 DRAWS = np.random.default_rng(0)
 KIND = np.array([[1, 1, 0, 0, -1], [1, 0, 0, -1, -1]], np.int32)
 TARGETS = np.where(KIND[..., None] == 1, DRAWS.normal(size=(2, 5, 4)), np.nan).astype(np.float32)
+
+
+def quotients(terms):
+    return [value / weight for value, weight in terms]
+
+
+def test_losses_are_torchvisions():
+    given = {name.removeprefix("loss/"): value for name, value in GOLDEN.items() if name.startswith("loss/")}
+    kind, targets, positive = given["kind"], given["targets"], given["kind"] == 1
+    samples = (kind >= 0).sum()  # which torchvision divides by, and we by all that could have been sampled
+    found = proposal_losses(given["objectness"], given["first"], kind, targets, np.float32(2), 1 / 9)
+    np.testing.assert_allclose(quotients(found), given["of_proposals"] * samples / kind.size, rtol=1e-5)
+    (classes, count), (boxes, _) = region_losses(given["logits"], given["deltas"], kind, given["label"], targets)
+    smooth = boxes - 4 * positive.sum() / 18  # theirs, if all errors are above 1 / 9
+    np.testing.assert_allclose(np.stack([classes, smooth]) / count, given["of_regions"], rtol=1e-5)
+    found = jax.jit(detection.mask_loss)(given["masks"], given["label"], given["mask_targets"], positive)
+    np.testing.assert_allclose(quotients([found]), [given["of_masks"]], rtol=1e-5)
+
+
+def test_generalized_iou_loss_is_torchvisions():
+    pairs = GOLDEN["loss/pairs"][:, None]  # [2, 1, R, 4]
+    everywhere = np.ones(pairs.shape[1:3], np.int32)
+    _, (loss, _) = detection.region_losses(np.zeros((*everywhere.shape, 2), np.float32), pairs[0][:, :, None],
+                                           everywhere, 0 * everywhere, pairs[1], lambda boxes: boxes)
+    np.testing.assert_allclose(loss, GOLDEN["loss/of_pairs"].sum(), rtol=1e-5)
 
 
 def entropy(logit, truth):

@@ -15,7 +15,7 @@ def detector(fields=None):
     return tiny_config(LEARNED | (fields or {}), "detection")
 
 
-@pytest.mark.parametrize("method", ["mae", "supervised", "beit", "moce"])
+@pytest.mark.parametrize("method", ["mae", "splitmask", "mixedae", "dino", "supervised", "beit", "moce"])
 def test_an_encoder_of_any_method_is_taken_without_its_class_token_and_norm(tmp_path, method):
     fields = {"method.num_clusters": 3, "method.centroid_width": 32} if method == "moce" else {}
     source, theirs = written(tmp_path, tiny_config(fields, method))

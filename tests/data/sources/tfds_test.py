@@ -113,6 +113,17 @@ def test_metadata_of_a_data_set_do_not_lead_out_of_its_folder(tmp_path):
         build(tfds_config(tmp_path / "inside"))
 
 
+def test_masks_of_tfds_scene_parsing_are_refused_because_they_are_not_of_its_150_classes(tmp_path):
+    store(tmp_path, "tfrecord")
+    (tmp_path / "toy").rename(tmp_path / "scene_parse150")
+    file = metadata(tmp_path, "dataset_info.json")
+    file.write_text(file.read_text().replace('"toy"', '"scene_parse150"'))
+    c = tfds_config(tmp_path, mask_key="image")
+    c.data.name = "scene_parse150"
+    with pytest.raises(UserError, match=r"^data\.name='scene_parse150': [^\n]* read ADEChallengeData2016$"):
+        registry.load(c.data, "train")
+
+
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
 @pytest.mark.parametrize(("content", "line"), [
     ('{"a":' * 100_000 + "1" + "}" * 100_000, "deep"), ('{"a": ', "damaged"), ("", "empty"), ("[]", "list"),
