@@ -13,8 +13,10 @@ from mae_jax.data.sources.fashion_scenes import FILES, clothes
 from mae_jax.rng import rng
 
 SIDE = 32  # of an image, in pixels
-SIZES = {"train": 2500, "test": 760}  # images of each domain; there are 764 drawings of emoji to test
 CLASSES = {"clothes": 10, "letters": 26, "emoji": 9, "photographs": 17}  # domain → number of classes
+# Images: in training equally many, in tests as many as there are, in multiples of half the fewest.
+SIZES = {"train": dict.fromkeys(CLASSES, 2500),
+         "test": {"clothes": 9880, "letters": 2280, "emoji": 760, "photographs": 760}}
 FIRST = dict(zip(CLASSES, np.cumsum([0, *CLASSES.values()]).tolist(), strict=False))  # domain → its first class
 Part = tuple[np.ndarray, np.ndarray]  # uint8 [n, 32, 32, 3], labels [n]
 
@@ -32,10 +34,10 @@ def prepare(file: Path, fashion: Path, drawn: Path) -> None:
       fashion, drawn: the folders of scripts/fetch_fashion_mnist.sh and scripts/fetch_emoji.sh.
     """
     arrays = {}
-    for split, size in SIZES.items():
+    for split, sizes in SIZES.items():
         parts = {"clothes": on_black(*clothes(epath.Path(fashion), FILES[split])), "letters": source("letters", split),
                  "emoji": on_white(emoji.drawings(drawn)[0][split]), "photographs": source("photo_crops", split)}
-        rows = {name: rng(0, f"{name}/{split}", 0).permutation(len(parts[name][1]))[:size] for name in CLASSES}
+        rows = {name: rng(0, f"{name}/{split}", 0).permutation(len(parts[name][1]))[:sizes[name]] for name in CLASSES}
         images = np.concatenate([parts[name][0][rows[name]] for name in CLASSES])
         labels = np.concatenate([parts[name][1][rows[name]] + FIRST[name] for name in CLASSES])
         order = rng(0, split, 0).permutation(len(labels))

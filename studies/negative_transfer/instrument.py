@@ -11,8 +11,8 @@ mixture is measured by how far its experts went from the MLP that they are copie
 the voted path of a domain is worth beside others, which is what MoCE lives by: the accuracy of a linear probe, and
 the error of reconstructing the domain's images. Differences are means over the four domains.
 
-Three seeds are planned and two have run: this describes an instrument, and gives no verdict. All values are our
-choice. One JSON line per cell is in studies/negative_transfer/instrument.jsonl, the table in instrument.md.
+Three seeds are planned and two have run, with 760 test images of each domain: this describes an instrument, and gives
+no verdict. All values are our choice. One JSON line per cell is in studies/negative_transfer/instrument.jsonl, the table in instrument.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mixtures import CHANGED, SHARP, Mixture
 
 RESULTS = Path(__file__).parent / "instrument.jsonl"
 SEEDS = 0, 1, 2
-
+FIRST_STEPS = 4800  # of the first training, a third of the study's
 
 VARIANTS = {
     "before": Mixture(), "experts in all odd blocks": Mixture("1,3,5"), "experts in all blocks": Mixture("all"),
@@ -62,7 +62,7 @@ def run(cell: Cell, work: Path) -> Cell:
     """Returns a cell with what was measured; what is trained stays under `work`."""
     begun, file, seed = time.process_time(), work / "domains.npz", cell["seed"]
     first = work / f"first_{seed}"
-    shared.trained(mixtures.masked(file, "", seed, mixtures.FIRST_STEPS), first, work)
+    shared.trained(mixtures.masked(file, "", seed, FIRST_STEPS), first, work)
     clusters = mixtures.clustered(first, work / f"clusters_{seed}", seed)
     if cell["kind"] == "first":
         found: dict[str, Any] = {

@@ -43,8 +43,8 @@ WIDTH, DEPTH, HEADS = 48, 6, 4  # narrow: the domains must compete for it
 EXPERTS, CLUSTERS, RATIO = 4, 16, 3.0  # of a mixture; the largest ratio of the sizes of two clusters
 RANDOM = 3  # paths other than the voted one whose mean is a random path
 RATE, BETAS = 2e-2, (0.9, 0.98)  # per 256 images, of the first training; as in configs/quickstart.py
-ROWS = 380  # images that are encoded at once, half a test split
-FIRST_STEPS = 4800  # steps of the first training of all domains
+ROWS = 380  # images that are encoded at once; it divides all test splits
+FIRST_STEPS = 14_400  # steps of the first training of all domains
 
 
 class Mixture(NamedTuple):
