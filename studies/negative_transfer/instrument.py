@@ -12,7 +12,8 @@ the voted path of a domain is worth beside others, which is what MoCE lives by: 
 the error of reconstructing the domain's images. Differences are means over the four domains.
 
 Three seeds are planned and two have run, with 760 test images of each domain: this describes an instrument, and gives
-no verdict. All values are our choice. One JSON line per cell is in studies/negative_transfer/instrument.jsonl, the table in instrument.md.
+no verdict. All values are our choice. One JSON line per cell is in studies/negative_transfer/instrument.jsonl, the
+table in instrument.md.
 """
 
 import argparse
