@@ -99,8 +99,8 @@ def digits(config: ConfigDict) -> None:
                          anchor_samples=64, candidates=(256, 256), proposals=(96, 96), regions=40, samples=2,
                          box_convs=0, box_layers=2, box_width=256, mask_convs=2, decayed="kernels")
     config.optim.update(lr=0.016, warmup="100 steps", clip=5.0)
-    config.train.duration = "600 steps"
-    config.checkpoint.every, config.eval.every = "200 steps", "600 steps"
+    config.train.duration = "500 steps"
+    config.checkpoint.every, config.eval.every = "250 steps", "500 steps"
     config.eval.max_examples = 300
 
 

@@ -14,7 +14,7 @@ from mae_jax.rng import rng
 
 SIDE = 32  # of an image, in pixels
 CLASSES = {"clothes": 10, "letters": 26, "emoji": 9, "photographs": 17}  # domain → number of classes
-# Images: in training equally many, in tests as many as there are, in multiples of half the fewest.
+# Images. Those of tests are multiples of `mixtures.ROWS`, so that all batches have one shape.
 SIZES = {"train": dict.fromkeys(CLASSES, 2500),
          "test": {"clothes": 9880, "letters": 2280, "emoji": 760, "photographs": 760}}
 FIRST = dict(zip(CLASSES, np.cumsum([0, *CLASSES.values()]).tolist(), strict=False))  # domain → its first class

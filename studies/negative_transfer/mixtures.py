@@ -10,7 +10,7 @@ import cells as shared
 import jax
 import jax.numpy as jnp
 import numpy as np
-from domains import CLASSES, FIRST, SIDE, kept, prepare
+from domains import CLASSES, FIRST, SIDE, SIZES, kept, prepare
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -257,6 +257,9 @@ def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
     found = parser.parse_args()
     found.work.mkdir(parents=True, exist_ok=True)
-    if not (found.work / "domains.npz").exists():
-        prepare(found.work / "domains.npz", found.fashion, found.emoji)
+    if not (file := found.work / "domains.npz").exists():
+        prepare(file, found.fashion, found.emoji)
+    with np.load(file) as arrays:
+        if any(len(arrays[f"y_{split}"]) != sum(sizes.values()) for split, sizes in SIZES.items()):
+            parser.error(f"{file} has other images than domains.py; use another --work")
     return found

@@ -123,12 +123,13 @@ def losses(draws: np.random.Generator) -> dict[str, np.ndarray]:
     label = draws.integers(classes, size=shape).astype(np.int32)
     logits, objectness = (np.float32(draws.normal(0, 2, (*shape, *last))) for last in ((classes + 1,), ()))
     deltas = np.float32(draws.normal(0, 1, (*shape, classes, 4)))
-    # Smooth L1 is L1 less half its bound, 1 / 9, if errors are above it, as those of regions are here.
+    # For errors above beta = 1 / 9, as those of regions are here, smooth L1 is L1 less beta / 2.
     away = draws.choice([-1, 1], (*shape, 4)) * draws.uniform(0.2, 2, (*shape, 4))
     targets = np.float32(np.take_along_axis(deltas, label[..., None, None], 2)[:, :, 0] + away)
-    first = np.float32(targets + draws.normal(0, 0.2, (*shape, 4)))
-    masks = np.float32(draws.normal(0, 2, (*shape, side, side, classes)))
-    used, positive, named = kind.reshape(-1) >= 0, kind.reshape(-1) == 1, torch.tensor(label.reshape(-1) + 1).long()
+    proposal_deltas = np.float32(targets + draws.normal(0, 0.2, (*shape, 4)))
+    mask_logits = np.float32(draws.normal(0, 2, (*shape, side, side, classes)))
+    used, positive = kind.reshape(-1) >= 0, kind.reshape(-1) == 1
+    torch_label = torch.tensor(label.reshape(-1) + 1).long()
 
     def flat(values: np.ndarray) -> torch.Tensor:
         return torch.tensor(values.reshape(-1, *values.shape[2:]))
@@ -136,20 +137,20 @@ def losses(draws: np.random.Generator) -> dict[str, np.ndarray]:
     network = SimpleNamespace(fg_bg_sampler=lambda _: [[torch.tensor(each == which) for each in kind]
                                                        for which in (1, 0)])
     of_proposals = RegionProposalNetwork.compute_loss(
-        network, flat(objectness), flat(first), [torch.tensor(np.float32(each)) for each in kind],
+        network, flat(objectness), flat(proposal_deltas), [torch.tensor(np.float32(each)) for each in kind],
         [torch.tensor(each) for each in targets])
-    # The background is the first class there, the last one here.
+    # The background is the proposal_deltas class there, the last one here.
     of_regions = fastrcnn_loss(
         flat(np.roll(logits, 1, -1))[used], flat(np.pad(deltas, ((0, 0), (0, 0), (1, 0), (0, 0))))[used].flatten(1),
-        [torch.where(torch.tensor(positive), named, 0)[used]], [flat(targets)[used]])
+        [torch.where(torch.tensor(positive), torch_label, 0)[used]], [flat(targets)[used]])
     bitmaps, place = torch.tensor(draws.random((24, 96, 96)) < 0.5).float(), torch.tensor(boxes(draws, 24, 96))
     own = torch.arange(24)
     of_masks = maskrcnn_loss(
-        flat(np.pad(masks, ((0, 0),) * 4 + ((1, 0),))).permute(0, 3, 1, 2)[positive], [place[positive]], [bitmaps],
-        [named], [own[positive]])
+        flat(np.pad(mask_logits, ((0, 0),) * 4 + ((1, 0),))).permute(0, 3, 1, 2)[positive], [place[positive]],
+        [bitmaps], [torch_label], [own[positive]])
     pairs = np.stack([boxes(draws, 24, 96), boxes(draws, 24, 96)])
     found = {"kind": kind, "label": label, "logits": logits, "objectness": objectness, "deltas": deltas,
-             "targets": targets, "first": first, "masks": masks, "pairs": pairs,
+             "targets": targets, "proposal_deltas": proposal_deltas, "mask_logits": mask_logits, "pairs": pairs,
              "mask_targets": project_masks_on_boxes(bitmaps, place, own, side).numpy().reshape(*shape, side, side),
              "of_proposals": np.stack(of_proposals), "of_regions": np.stack(of_regions), "of_masks": of_masks.numpy(),
              "of_pairs": ops.generalized_box_iou_loss(*torch.tensor(pairs)).numpy()}

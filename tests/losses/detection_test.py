@@ -26,21 +26,28 @@ def test_losses_are_torchvisions():
     given = {name.removeprefix("loss/"): value for name, value in GOLDEN.items() if name.startswith("loss/")}
     kind, targets, positive = given["kind"], given["targets"], given["kind"] == 1
     samples = (kind >= 0).sum()  # which torchvision divides by, and we by all that could have been sampled
-    found = proposal_losses(given["objectness"], given["first"], kind, targets, np.float32(2), 1 / 9)
+    found = proposal_losses(given["objectness"], given["proposal_deltas"], kind, targets, np.float32(2), 1 / 9)
     np.testing.assert_allclose(quotients(found), given["of_proposals"] * samples / kind.size, rtol=1e-5)
+    own = np.take_along_axis(given["deltas"], given["label"][..., None, None], 2)[:, :, 0]
+    assert np.abs(own - targets)[positive].min() > 1 / 9
     (classes, count), (boxes, _) = region_losses(given["logits"], given["deltas"], kind, given["label"], targets)
-    smooth = boxes - 4 * positive.sum() / 18  # theirs, if all errors are above 1 / 9
+    smooth = boxes - 4 * positive.sum() / 18  # theirs, since all errors are above 1 / 9
     np.testing.assert_allclose(np.stack([classes, smooth]) / count, given["of_regions"], rtol=1e-5)
-    found = jax.jit(detection.mask_loss)(given["masks"], given["label"], given["mask_targets"], positive)
+    found = jax.jit(detection.mask_loss)(given["mask_logits"], given["label"], given["mask_targets"], positive)
     np.testing.assert_allclose(quotients([found]), [given["of_masks"]], rtol=1e-5)
 
 
 def test_generalized_iou_loss_is_torchvisions():
-    pairs = GOLDEN["loss/pairs"][:, None]  # [2, 1, R, 4]
-    everywhere = np.ones(pairs.shape[1:3], np.int32)
-    _, (loss, _) = detection.region_losses(np.zeros((*everywhere.shape, 2), np.float32), pairs[0][:, :, None],
-                                           everywhere, 0 * everywhere, pairs[1], lambda boxes: boxes)
-    np.testing.assert_allclose(loss, GOLDEN["loss/of_pairs"].sum(), rtol=1e-5)
+    found, targets = GOLDEN["loss/pairs"][:, :, None]  # [R, 1, 4] each
+    kind = np.ones((1, 1), np.int32)
+
+    @jax.jit
+    @jax.vmap
+    def loss(found, target):
+        return detection.region_losses(np.zeros((1, 1, 2), np.float32), found[None, :, None], kind, 0 * kind,
+                                       target[None], lambda boxes: boxes)[1][0]
+
+    np.testing.assert_allclose(loss(found, targets), GOLDEN["loss/of_pairs"], rtol=1e-5)
 
 
 def entropy(logit, truth):

@@ -73,5 +73,5 @@ def test_an_encoder_sees_as_many_images_of_a_domain_alone_as_with_all(monkeypatc
     transfer.dense({"arm": "alone, longer", "domain": "emoji", "seed": 3, "lr": 1e-2}, tmp_path)
     transfer.dense({"arm": "all, longer", "seed": 3, "lr": 4e-2}, tmp_path)
     assert trained == [
-        ("alone_emoji_0.02_3", "emoji", 1200, 2e-2), ("alone_longer_emoji_0.01_3", "emoji", 1200, 1e-2),
-        ("all_0.02_3", "", 4800, 2e-2), ("all_longer_0.04_3", "", 4800, 4e-2)]
+        ("alone_emoji_0.02_3", "emoji", 3600, 2e-2), ("alone_longer_emoji_0.01_3", "emoji", 1200, 1e-2),
+        ("all_0.02_3", "", 14_400, 2e-2), ("all_longer_0.04_3", "", 4800, 4e-2)]

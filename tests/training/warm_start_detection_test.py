@@ -15,14 +15,9 @@ def detector(fields=None):
     return tiny_config(LEARNED | (fields or {}), "detection")
 
 
-@pytest.mark.parametrize("method", ["mae", "splitmask", "mixedae", "dino", "supervised", "beit", "moce"])
+@pytest.mark.parametrize("method", ["mae", "splitmask", "mixedae", "dino", "supervised", "beit"])
 def test_an_encoder_of_any_method_is_taken_without_its_class_token_and_norm(tmp_path, method):
-    fields = {"method.num_clusters": 3, "method.centroid_width": 32} if method == "moce" else {}
-    source, theirs = written(tmp_path, tiny_config(fields, method))
-    if method == "moce":  # a mixture has no single encoder
-        with pytest.raises(UserError, match="--for-task=vote"):
-            started(source, detector())
-        return
+    source, theirs = written(tmp_path, tiny_config(method=method))
     ours, report = started(source, detector())
     for name in ("patch_embed/kernel", "block_00/attn/qkv/kernel", "block_01/mlp/fc2/bias", "block_01/norm1/scale"):
         first, *rest = name.split("/")
@@ -32,6 +27,12 @@ def test_an_encoder_of_any_method_is_taken_without_its_class_token_and_norm(tmp_
         np.testing.assert_array_equal(ours[f"encoder/{name}"], leaf, err_msg=name)
     assert "encoder/block_*" in report.partition("new: ")[2].partition(";")[0]  # relative positions
     assert "encoder/cls_token" in report.partition("left over: ")[2]
+
+
+def test_a_mixture_has_no_single_encoder_and_is_refused(tmp_path):
+    source, _ = written(tmp_path, tiny_config({"method.num_clusters": 3, "method.centroid_width": 32}, "moce"))
+    with pytest.raises(UserError, match="--for-task=vote"):
+        started(source, detector())
 
 
 def test_positions_are_resized_and_relative_positions_stay_as_they_start(tmp_path):
