@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mae_jax.commands.inspect import report
 from mae_jax.data import audit, outlines, rle
 from mae_jax.data.decode import BadImage, StoredImage
-from mae_jax.data.sources import coco, coco_annotations, coco_files, registry
+from mae_jax.data.sources import coco, coco_annotations, coco_files, registry, splits
 from mae_jax.errors import UserError
 from mae_jax.storage import gcs as storage_gcs
 from tests.helpers import coco_data
@@ -170,6 +170,18 @@ def test_a_tenth_is_held_out_of_a_file_without_splits(tmp_path):
     assert sorted(names(train) + names(test)) == sorted(f"{k}.png" for k in range(40))
     assert registry.same_split(config(tmp_path), "val", "test")
     assert load(tmp_path / "annotations.json", eval_split="").size == 40
+
+
+def test_of_a_few_images_without_splits_one_is_held_out(tmp_path):
+    few = ["0.png", "1.png", "2.png"]
+    assert max(map(splits.share, few)) < 0.9  # by their hashes none would be
+    for k, name in enumerate(few):
+        coco_data.image(tmp_path / "images", name, k)
+    coco_data.write(tmp_path / "annotations.json", dict(enumerate(few)), [square(k, k, 5, 5, 20) for k in range(3)])
+    train, test = load(tmp_path, eval_split="test"), load(tmp_path, "test", eval_split="test")
+    assert names(test) == [max(few, key=splits.share)]
+    assert sorted(names(train) + names(test)) == few
+    assert load(tmp_path, eval_split="").size == 3
 
 
 def test_splits_are_joined_and_sliced_with_their_annotations(tmp_path):
