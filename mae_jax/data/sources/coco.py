@@ -41,11 +41,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     _check_classes(data, found, file, table)
     chosen = np.arange(len(table.images.names))
     if "" in found.files:
-        low, high = splits.part(split.name, splits.holds_out(data))
-        shares = np.array([splits.share(name) for name in table.images.names])
-        if len(shares) > 1:  # of a few images, at least one is held out
-            shares[shares.argmax()] = max(shares.max(), 1 - splits.HELD_OUT_SHARE)
-        chosen = np.flatnonzero((low <= shares) & (shares < high))
+        chosen = splits.within(table.images.names, *splits.part(split.name, splits.holds_out(data)))
     folder, names, there = _files(file, found.root)
     start, stop = split.bounds(len(chosen))
     chosen = chosen[start:stop]

@@ -56,9 +56,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     whole = opened.layout.kind in ("splits", "nested")
     start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
     names = part.listing.pictures
-    everything = (start, stop) == (0, 1)
-    chosen = np.arange(len(names)) if everything else np.fromiter(
-        (i for i, name in enumerate(names) if start <= splits.share(name) < stop), np.int64)
+    chosen = np.arange(len(names)) if (start, stop) == (0, 1) else splits.within(names, start, stop)
     labels, strange = _labels(data, opened, part, split)
     if str(split) == split.name:
         check_size(data.get("name", ""), split.name, len(chosen))

@@ -46,9 +46,8 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         images, labels = arrays[image_key], arrays.get(label_key)
     if scheme:
         return _source(images, labels, image_key).sliced(split)
-    low, high = splits.part(split.name, splits.holds_out(data))
-    shares = np.array([splits.share(str(i)) for i in range(len(images))])
-    return _source(images, labels, image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
+    chosen = splits.within(map(str, range(len(images))), *splits.part(split.name, splits.holds_out(data)))
+    return _source(images, labels, image_key).only(chosen).sliced(split)
 
 
 def split_name(data: ConfigDict, name: str) -> str:

@@ -5,8 +5,10 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, did_you_mean
@@ -126,6 +128,18 @@ def part(name: str, held_out: bool) -> tuple[float, float]:
         raise UserError(f"unknown split {name!r}; {did_you_mean(name, ('train', *HELD_OUT))}")
     edge = 1 - HELD_OUT_SHARE * held_out
     return (0.0, edge) if role(name) == "train" else (edge, 1.0)
+
+
+def within(names: Iterable[str], start: float, stop: float) -> np.ndarray:
+    """Returns the indices of the names whose share is in [start, stop), int64 [n], ascending.
+
+    Of several names at least one is among the held-out tenth: the last, if the hash of none says so.
+    """
+    shares = np.fromiter(map(share, names), np.float64)
+    if len(shares) > 1:
+        last = shares.argmax()
+        shares[last] = max(shares[last], 1 - HELD_OUT_SHARE)
+    return np.flatnonzero((start <= shares) & (shares < stop))
 
 
 def share(name: str) -> float:

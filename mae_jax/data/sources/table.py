@@ -207,7 +207,8 @@ def _rows(data: ConfigDict, table: Table, name: str, bounds: tuple[str, str] = (
         rows, (start, stop) = list(range(len(table.paths))), split.shares(*splits.part(name, splits.holds_out(data)))
     if (start, stop) == (0, 1):
         return rows
-    return [i for i in rows if start <= splits.share(os.path.normpath(table.paths[i])) < stop]
+    paths = [os.path.normpath(table.paths[i]) for i in rows]
+    return [rows[i] for i in splits.within(paths, start, stop)]
 
 
 def _check_once(file: epath.Path, table: Table) -> None:

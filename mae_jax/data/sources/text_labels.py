@@ -50,8 +50,7 @@ def sliced(data: ConfigDict, source: Source, split: splits.Split, ending: str) -
     start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
     if (start, stop) == (0, 1):
         return source
-    return source.only(np.array([i for i in range(source.size) if start <= splits.share(source.name(i)) < stop],
-                                np.int64))
+    return source.only(splits.within(map(source.name, range(source.size)), start, stop))
 
 
 def told(data: ConfigDict, opened: Mapping[str, Source]) -> list[str]:

@@ -25,6 +25,22 @@ def test_other_expressions_are_refused_with_an_example(expression):
         splits.parse(expression)
 
 
+def test_of_several_names_at_least_one_is_held_out():
+    few = ["0.png", "1.png", "2.png"]
+    shares = {name: splits.share(name) for name in few}
+    assert max(shares.values()) < 0.9  # by their hashes none would be
+    held = splits.within(few, 0.9, 1.0)
+    assert [few[i] for i in held] == [max(few, key=shares.get)]
+    assert sorted([*splits.within(few, 0.0, 0.9), *held]) == [0, 1, 2]
+    assert not splits.within(few[:1], 0.9, 1.0).size  # of one image nothing would be left
+
+
+def test_of_many_names_a_hash_alone_decides():
+    many = [f"{i}.png" for i in range(500)]
+    assert [*splits.within(many, 0.9, 1.0)] == [i for i, name in enumerate(many) if splits.share(name) >= 0.9]
+    assert 30 < len(splits.within(many, 0.9, 1.0)) < 70
+
+
 def test_a_sum_of_splits_has_the_examples_of_the_one_and_then_of_the_other():
     config = tiny_config().data
     whole = registry.load(config, "train[:10]+test[5:8]+train[20:21]")
