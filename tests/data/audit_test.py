@@ -50,7 +50,7 @@ def test_a_folder_is_told_in_a_few_lines(tmp_path):
     assert told[0].endswith("/s decoded in full")
     assert told[1:] == [
         "  dog/text.jpg: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC image",
-        "  labels     2 classes of 3 (dog) to 6 (cat) images",
+        "  labels     2 classes of 3 (dog) to 6 (cat) images each",
         "  sizes      48 x 32 to 47 x 300, median 50 x 34; 2 have a side below data.image_size=(32, 48), and are "
         "enlarged",
         "  formats    7 JPEG, 2 PNG; 1 by another extension: dog/other.jpg is PNG",
@@ -59,7 +59,7 @@ def test_a_folder_is_told_in_a_few_lines(tmp_path):
         "             cat/1.jpg = cat/9.jpg = dog/1.jpg"]
     _, told = lines(tmp_path, "test")
     assert told[1:] == [
-        "  labels     2 classes of 0 (dog) to 1 (cat) images; 1 without any: dog", "  sizes      all 48 x 32",
+        "  labels     2 classes of 0 (dog) to 1 (cat) images each; 1 without any: dog", "  sizes      all 48 x 32",
         "  formats    1 JPEG"]
 
 
@@ -114,7 +114,7 @@ def test_labels_that_are_missing_or_no_class_are_told():
     labels = [0, 0, 1, -1, 7]
     source = Source(5, lambda i: Example(np.zeros((2, 2, 3), np.uint8), labels[i]), str, classes=("a\n", "b"))
     told = report.split_lines("train", audit(source, 1, "train"), (2, 2))
-    assert told[1] == (r"  labels     2 classes of 1 (b) to 2 (a\n) images; 1 image without a label; "
+    assert told[1] == (r"  labels     2 classes of 1 (b) to 2 (a\n) images each; 1 image without a label; "
                        "1 label of no class, up to 7")
 
 

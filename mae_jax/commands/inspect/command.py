@@ -28,7 +28,10 @@ from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mae_jax.data import Batch, Inputs, OpenedData
+    from mae_jax.data.sources.base import RecordStream, Source
     from mae_jax.methods.base import Method
 
 REQUIRED = ("config",)
@@ -77,7 +80,7 @@ def main() -> int:
     more = f" and {len(inputs.classes) - MAX_LISTED_CLASSES} more" if len(inputs.classes) > MAX_LISTED_CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:MAX_LISTED_CLASSES])) or 'none'}{more}")
     if config.data.source != "batches":
-        report(opened.config, to)
+        report(opened.config, inputs.parts, to)
     try:
         with progress.doing("measuring the speed of the input"):
             lines = speed_lines(config, opened, method, inputs, WANTED.value)
@@ -128,18 +131,23 @@ def splits(config: ConfigDict) -> dict[str, str]:
     return {name: expression for name, expression in named.items() if expression}
 
 
-def report(config: ConfigDict, grid: epath.Path) -> None:
-    """Decodes every image and prints a report; a long list of broken images also goes to a file."""
+def report(config: ConfigDict, parts: "Mapping[str, Source | RecordStream]", grid: epath.Path) -> None:
+    """Decodes every image and prints a report; a long list of broken images also goes to a file.
+
+    Args:
+      config: of the run.
+      parts: expression of a split → its source.
+      grid: figure beside which the list goes.
+    """
     from mae_jax.data.audit import audit
     from mae_jax.data.readers import random_access
     from mae_jax.data.reading import Reading
     from mae_jax.data.sources import folder as sources_folder
-    from mae_jax.data.sources import mixture, registry
+    from mae_jax.data.sources import mixture
 
     audits = {}
     for name, expression in splits(config).items():
-        audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name,
-                             Reading.of(config.data))
+        audits[name] = audit(parts[expression], random_access.threads(config.data), name, Reading.of(config.data))
         print("\n".join(inspect_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
     unread = [line for part in mixture.parts(config.data) for line in sources_folder.unread(
         part, splits(config).values())] if config.data.source == "folder" else []

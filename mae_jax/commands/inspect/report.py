@@ -89,7 +89,7 @@ def _labels(audit: "Audit") -> str:
     span = f"{counts[least]} ({classes[least]}) to {counts[most]} ({classes[most]})"
     objects = getattr(audit.source, "annotations", None) is not None
     what = "objects" if objects else "images"
-    text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} {what}"
+    text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} {what} each"
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         text += f"; {len(empty)} without any: {_some(empty)}"
     if audit.unlabeled:

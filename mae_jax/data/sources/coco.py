@@ -98,12 +98,14 @@ def split_name(data: ConfigDict, name: str) -> str:
 def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
     """Returns one line about the images, objects and masks that were found."""
     found = coco_files.layout(_path(data))
-    each = []
+    each: list[str] = []
+    told: set[epath.Path] = set()
     for field, source in opened.items():
         file = found.file(splits.parts(data[field])[0].name)
         table = _table(data, file)
-        each.append(f"{pluralize(source.size, 'image')} in {data[field]} ({file.name} has "
-                    f"{pluralize(len(table.label), 'object')})")
+        has = "" if file in told else f" ({file.name} has {pluralize(len(table.label), 'object')})"
+        each.append(f"{pluralize(source.size, 'image')} in {data[field]}{has}")
+        told.add(file)
     by = "pycocotools" if outlines.routine() else "scikit-image, since pycocotools is not installed (extra coco)"
     masks = f"masks drawn by {by}" if table.outlined else "no outlines: boxes stand in for masks"
     return f"coco {found.root}: {', '.join(each)}; {len(table.classes)} classes; {masks}"

@@ -211,7 +211,7 @@ class _Columns:
     size: array = field(default_factory=lambda: array("i"))  # image size declared by runs
     points: array = field(default_factory=lambda: array("f"))
     runs: array = field(default_factory=lambda: array("i"))
-    faults: list[tuple[str, int, int]] = field(default_factory=list)  # kind of fault, id, image id
+    faults: list[tuple[Any, ...]] = field(default_factory=list)  # kind of fault, id, image id, perhaps more
     count: int = 0
     partly: bool = False  # whether only some parts of the last outline are used
 
@@ -301,10 +301,12 @@ class _Columns:
         reach = np.abs(extent - limits / 2).max(1, initial=0)
         stray = (kind == POLYGONS) & (reach > FAR * limits.max(1, initial=0))
         _, at, times = np.unique(numbers, return_inverse=True, return_counts=True)
-        usable = np.ones(len(numbers), bool)
+        self.faults += [("category_id of no category", int(numbers[k]), self.images[k],
+                         f"category_id {self.categories[k]}") for k in np.flatnonzero(~meant)]
+        usable = meant.copy()
         for what, bad in (
-                ("image_id of no image", ~known), ("category_id of no category", ~meant),
-                ("bbox of no width or height", ~sized), ("bbox or outline outside the image", known & ~inside),
+                ("image_id of no image", ~known), ("bbox of no width or height", ~sized),
+                ("bbox or outline outside the image", known & ~inside),
                 ("run-length mask of another size than the image", known & (kind == RUNS) & (size != of).any(1)),
                 ("outline with a point far outside the image", known & stray),
                 ("bbox and outline that do not meet", (kind == POLYGONS) & ~meet)):
@@ -314,9 +316,10 @@ class _Columns:
                           (SAME_ID, times[at] > 1)):
             self.faults += [(what, int(numbers[k]), self.images[k]) for k in np.flatnonzero(usable & odd)]
         names = dict(zip(images.ids.tolist(), images.names, strict=True)) if self.faults else {}
-        for what, number, image_id in self.faults:
+        for what, number, image_id, *more in self.faults:
             shown = f"annotation {number}" if number >= 0 else f"the annotation #{-number - 1}"
-            faults.setdefault(what, []).append(f"{shown} ({printable(names.get(image_id, f'image {image_id}'))})")
+            said = [printable(names.get(image_id, f"image {image_id}")), *more]
+            faults.setdefault(what, []).append(f"{shown} ({', '.join(said)})")
         order = np.flatnonzero(usable)[np.argsort(image[usable], kind="stable")]
         first = np.searchsorted(image[order], np.arange(len(images.ids) + 1))
         return Table(images, ids, classes, first, label[order].astype(np.int32), np.array(self.crowd, bool)[order],

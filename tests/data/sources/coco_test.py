@@ -207,7 +207,7 @@ def test_an_audit_counts_objects_and_finds_images_of_another_size(tmp_path):
     seen = audit.audit(load(tmp_path), 1, "train")
     assert seen.labels == {0: 1}  # of the other image, in which a crowd does not count
     assert "30 x 20" in seen.broken[0]
-    assert "3 classes of 0 (dog) to 1 (cat) objects" in "\n".join(report.split_lines("train", seen, (64, 64)))
+    assert "3 classes of 0 (dog) to 1 (cat) objects each" in "\n".join(report.split_lines("train", seen, (64, 64)))
 
 
 def test_two_files_for_one_split_are_named(tmp_path):
@@ -248,6 +248,15 @@ def test_a_bad_annotation_is_named_in_one_line_and_left_out(tmp_path, caplog, wh
     assert line.startswith(f"{file}: {what}")
     assert ("annotation 1" if isinstance(BROKEN[what], dict) else "annotation #0") in line
     assert "not used" in line
+
+
+def test_an_unknown_category_is_named_and_an_annotation_told_once(tmp_path, caplog):
+    coco_data.coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    coco_data.write(file, {10: "000000000000.png"}, [square(1, 99, 5, 5, 9, 2), square(2, 10, 9, 9, 12)])
+    load(tmp_path)  # the first knows neither image nor category
+    line, = (record.getMessage() for record in caplog.records)
+    assert line.endswith("category_id of no category (1 time, not used): annotation 1 (image 99, category_id 2)")
 
 
 @pytest.mark.parametrize(("annotation", "what", "box"), [
