@@ -32,6 +32,12 @@ def matches(cell: Cell, what: Cell) -> bool:
     return all(cell.get(key) == value for key, value in what.items())
 
 
+def of_seeds(cells: Iterable[Cell], seeds: Iterable[int]) -> list[Cell]:
+    """Returns the cells of some seeds, so that a check looks at the same ones after an interruption."""
+    wanted = set(seeds)
+    return [cell for cell in cells if cell["seed"] in wanted]
+
+
 def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Callable[[Cell], Cell],
           after: Callable[[], None], workers: int = 1) -> None:
     """Runs the cells that are not done, appends each to the file and to `cells`, and calls `after`.
@@ -82,11 +88,16 @@ def pin(numbers: "multiprocessing.SimpleQueue[int]", workers: int) -> None:
 def _go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]],
            run_all: Callable[[list[Cell]], Iterable[Cell]], after: Callable[[], None]) -> None:
     for stage in stages:
-        for done in run_all([cell for cell in stage if not any(matches(other, cell) for other in cells)]):
+        for done in run_all(missing(stage, cells)):
             cells.append(done)
             with open(file, "a") as opened:
                 opened.write(json.dumps(done) + "\n")
             after()
+
+
+def missing(stage: list[Cell], cells: list[Cell]) -> list[Cell]:
+    """Returns the cells of a stage that are not done. A pilot, of another `kind`, has not done a cell without one."""
+    return [cell for cell in stage if not any(matches(done, {"kind": None} | cell) for done in cells)]
 
 
 def limited(stages: Iterable[list[Cell]], cells: list[Cell], count: int = 0, hours: float = 0.0,
@@ -100,7 +111,7 @@ def limited(stages: Iterable[list[Cell]], cells: list[Cell], count: int = 0, hou
         return
     begun, there = time.monotonic(), len(cells)
     for stage in stages:
-        todo = [cell for cell in stage if not any(matches(other, cell) for other in cells)]
+        todo = missing(stage, cells)
         for first in range(0, len(todo), at_once):
             if (count and len(cells) - there >= count) or (hours and time.monotonic() - begun >= hours * 3600):
                 print("A limit is reached; the same command goes on.", file=sys.stderr)

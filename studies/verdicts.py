@@ -86,7 +86,7 @@ def _differences(comparison: Comparison) -> np.ndarray:
     values = np.array([comparison.higher[seed] - comparison.lower[seed] for seed in seeds], np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{comparison.claim}: values are not finite: {values.tolist()}")
-    return values
+    return np.round(values, 12)  # equal values may themselves be differences, which differ by rounding
 
 
 def _finding(comparison: Comparison, values: np.ndarray, p: float, corrected: float, equal: float,

@@ -65,7 +65,7 @@ def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
     pilots, others = SEEDS[:PILOT_SEEDS], SEEDS[PILOT_SEEDS:]
     yield [{"arm": UNTRAINED, "seed": seed} for seed in SEEDS]
     yield arms(pilots, ALL, ALONE)
-    if not learns(cells):
+    if not learns(shared.of_seeds(cells, pilots)):
         return
     yield [cell | {"kind": "pilot", "lr": lr} for lr in RATES for cell in arms((0,), ALL_LONGER, ALONE_LONGER)]
     rates = {arm: rate(cells, arm) for arm in FIRSTS}
@@ -73,7 +73,7 @@ def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
     yield [{"arm": MOCE, "seed": seed} for seed in pilots]
     yield arms(others, ALL, ALONE)
     yield arms(others, ALL_LONGER, ALONE_LONGER, rates)
-    if differ(cells):
+    if differ(shared.of_seeds(cells, pilots)):
         yield [{"arm": MOCE, "seed": seed} for seed in others]
 
 

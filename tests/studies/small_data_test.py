@@ -1,7 +1,10 @@
 """The study of small data: rates chosen on the held-out part, ends where nothing can be told, verdicts of effects."""
 
+import pytest
+
 from mae_jax.config import validate
 from mae_jax.data.sources import splits
+from mae_jax.errors import GuardError
 from studies.small_data import study as small
 from studies.verdicts import INSENSITIVE, OPPOSITE, SEEN
 from tests.helpers.study_runs import noise, run_all, verdicts
@@ -32,7 +35,7 @@ def test_methods_that_lose_less_or_more_than_dino_are_seen():
     assert {cell["lr"] for cell in cells if cell["kind"] == "pretrained"} == {4e-3}
     assert {(cell["lr"], cell["steps"]) for cell in cells if cell["kind"] == "tuned" and cell["seed"]} == {
         (8e-3, small.STEPS), (8e-3, small.LONGER)}
-    assert sum(cell["kind"] == "pretrained" for cell in cells) == 8 * 4 * 3
+    assert sum(cell["kind"] == "pretrained" for cell in cells) == 4 * (8 + 3 + 8)
 
 
 def test_small_data_end_after_three_seeds_where_dino_has_nothing_to_lose():
@@ -40,6 +43,33 @@ def test_small_data_end_after_three_seeds_where_dino_has_nothing_to_lose():
     assert {cell["images"] for cell in cells if cell["method"] != "scratch"} == {small.ALL}
     assert {cell["seed"] for cell in cells} == {0, 1, 2}
     assert set(verdicts(small, cells).values()) == {INSENSITIVE}
+
+
+def test_an_interruption_changes_no_check_of_small_data():
+    """DINO passes with three seeds and not with five: a run that goes on after five must not end there."""
+    def measured(cell):
+        found = learned()(cell)
+        if cell["method"] == "dino" and cell["seed"] in (3, 4) and "test" in found:
+            found["test"] -= 0.4
+        return found
+
+    whole = run_all(small, measured)
+    five = [cell for cell in whole if cell["seed"] < 5 and cell["images"] != small.MIDDLE]
+    assert small.passed(small.shared.of_seeds(five, range(3)), "dino")
+    assert not small.passed(five, "dino")
+    stages = small.plan(five)
+    assert any(cell["seed"] == 5 for stage in stages for cell in stage)
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_ends_no_study(tmp_path, monkeypatch):
+    def diverges(*_):
+        raise GuardError("10 steps were not finite")
+
+    monkeypatch.setattr(small.shared, "trained", diverges)
+    cell = {"kind": "pilot", "method": "mae", "images": small.ALL, "seed": 0, "lr": 1.0}
+    assert small.run(cell, tmp_path)["val"] == 0.0
+    with pytest.raises(GuardError):
+        small.run(cell | {"kind": "pretrained"}, tmp_path)
 
 
 def test_small_data_end_where_finetuning_is_below_knn():

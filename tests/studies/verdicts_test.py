@@ -162,3 +162,13 @@ def test_a_table_says_where_the_two_tests_disagree():
     assert found.p > 0.05 > found.p_flip
     assert "disagree" in verdicts.table([found])
     assert "disagree" not in verdicts.table([finding(STRONG)])
+
+
+def test_differences_that_only_rounding_tells_apart_give_no_verdict():
+    rng = np.random.default_rng(0)
+    lost = {}
+    for name in ("higher", "lower"):  # both lose exactly a tenth, from other accuracies
+        whole = np.round(rng.uniform(0.7, 0.9, SEEDS), 4)
+        lost[name] = dict(enumerate((whole - np.round(whole - 0.1, 4)).tolist()))
+    [found] = judge([verdicts.Comparison("alike", lost["higher"], lost["lower"], MARGIN)])
+    assert found.verdict == verdicts.INSENSITIVE
