@@ -282,20 +282,23 @@ def _animated(image: Image.Image) -> bool:
 
 
 def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
-    """Decodes an image of class numbers, uint8 [height, width]: the first channel, or the palette index.
+    """Decodes an image of class numbers, uint8 [height, width]: one channel, equal ones, or the palette index.
 
     Args:
       offset: is subtracted; values below it become 255, and 255 (ignored) stays.
 
     Raises:
-      BadImage: the mask does not decode, has more than 8 bits, or exceeds a bound.
+      BadImage: the mask does not decode, has colors or more than 8 bits, or exceeds a bound.
     """
     try:
         values = np.asarray(open_image(data))
     except Exception as error:
         bad = error if isinstance(error, BadImage) else _bad(data, error)
         raise (BadImage(f"mask: {bad}") if isinstance(bad, BadImage) else bad) from error
-    values = values[..., 0] if values.ndim == 3 else values
+    if values.ndim == 3:
+        if values.shape[2] > 2 and (values[..., 1:3] != values[..., :1]).any():
+            raise BadImage("a mask of colors without a palette; expected one channel, the number of the class")
+        values = values[..., 0]
     if values.dtype not in (np.uint8, bool):
         raise BadImage(f"a mask of {values.dtype}; expected 8 bits")
     values = values.astype(np.int16)

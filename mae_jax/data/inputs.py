@@ -120,6 +120,11 @@ class OpenedData:
                 "eval_split": self.eval if self.config.eval.test else None}
         labels.check(self.config.data, {field: part for field, part in read.items() if part})
 
+    def check_masks(self, classes: int) -> None:
+        """Raises UserError if masks have one class because their other values are none; see `labels.check_masks`."""
+        if self.config.data.source != "batches" and "pixel_label" in self.train.fields:
+            labels.check_masks(self.train, classes, self.config.data.train_split)
+
     def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
                 rows: np.ndarray | None = None) -> Inputs:
         """Returns the input, whose batches are dicts of NumPy arrays with the fields of `spec`.

@@ -4,9 +4,12 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError, printable
+from mae_jax.data.decode import IGNORED
+from mae_jax.data.samples import of_sample
+from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.storage.npz import opened
 from mae_jax.storage.paths import locate
 
@@ -57,6 +60,37 @@ def check_batches(config: ConfigDict) -> None:
                 found = "label" not in arrays.files or (arrays["label"] >= 0).any()
             if not found:
                 raise UserError(f"{file} has no image with a label, and a classifier needs them{WITHOUT[field]}")
+
+
+def check_masks(part: Any, classes: int, split: str) -> None:
+    """Logs which values of masks count nowhere, as `inspect` does; looks at 64 masks.
+
+    Args:
+      part: the training split, a Source or RecordStream with masks.
+      classes: C; classes are 0 to C - 1.
+      split: expression of the split, for the message.
+
+    Raises:
+      UserError: one class is all that is left of the masks, because their other values are no classes.
+    """
+    found = of_sample(part, lambda example: np.unique(example.mask))
+    if not found:
+        return
+    values = np.unique(np.concatenate([each for _, each in found]))
+    known, beyond = values[values < classes], values[(values >= classes) & (values != IGNORED)]
+    seen = some(map(str, values))
+    if len(known) < 2 and len(values) > len(known):
+        raise UserError(f"the masks of data.train_split={split!r} have the values {seen} "
+                        f"({pluralize(len(found), 'mask')} looked at), of which {some(map(str, known))} alone counts: "
+                        f"classes are 0 to {classes - 1}, by method.classes={classes}, and {IGNORED} is ignored. Store "
+                        "masks with the numbers of the classes, or set data.mask_offset, which is subtracted")
+    if len(known) < 2:
+        log.warning("the masks of data.train_split=%r have the value %s alone (%s looked at)", split, seen,
+                    pluralize(len(found), "mask"))
+    elif len(beyond):
+        name = next(part.name(number) for number, each in found if beyond[-1] in each)
+        log.warning("masks of data.train_split=%r have values that are not trained on: %s (%s); method.classes=%d has "
+                    "0 to %d", split, some(map(str, beyond)), printable(name), classes, classes - 1)
 
 
 def labeled(part: Any) -> bool:

@@ -1,38 +1,16 @@
 """Chooses the values that become black and white in images of more than 8 bits, for data.range=auto."""
 
-import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 from ml_collections import ConfigDict
 
 from mae_jax.data import deep_images
 from mae_jax.data.decode import StoredImage
-from mae_jax.data.identity import SAMPLES, sampled
-from mae_jax.data.image_bounds import BadImage
+from mae_jax.data.identity import SAMPLES
 from mae_jax.data.reading import Reading, span
-from mae_jax.data.sources.base import READERS, Example, RecordStream, Source
+from mae_jax.data.samples import of_sample
+from mae_jax.data.sources.base import Example, RecordStream, Source
 
 BITS = (8, 10, 12, 14, 16)  # bit depths of cameras, scanners and monitors
 DARK = 4  # times that data.range is wider than images need, from which on `darkened` warns: one step of BITS
-
-
-def _values(source: Source | RecordStream, highest: Callable[[Example], int]) -> list[int]:
-    """Returns `highest` of the sampled images; -1 for images of a Source that cannot be read."""
-    if isinstance(source, RecordStream):
-        from mae_jax.data.readers import record_stream
-
-        images = (fields[0] for _, fields in record_stream.stored(source, []))
-        return [highest(Example(image)) for image in itertools.islice(images, SAMPLES)]
-
-    def value(index: int) -> int:
-        try:
-            return highest(source.read(index))
-        except (BadImage, OSError):
-            return -1
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(value, map(int, sampled(source.size))))
 
 
 def chosen(source: Source | RecordStream, data: ConfigDict) -> tuple[str, str]:
@@ -76,13 +54,10 @@ def _highest(source: Source | RecordStream, data: ConfigDict) -> list[int]:
     reading = Reading.of(data)
 
     def highest(example: Example) -> int:
-        try:
-            stored = StoredImage(example.image, reading=reading)
-            return stored.highest() if stored.deep else -1
-        except BadImage:
-            return -1
+        stored = StoredImage(example.image, reading=reading)
+        return stored.highest() if stored.deep else -1
 
-    return [value for value in _values(source, highest) if value >= 0]
+    return [value for _, value in of_sample(source, highest) if value >= 0]
 
 
 def _bits(values: list[int]) -> int:

@@ -106,7 +106,7 @@ SUPERVISED: dict[str, Any] = {
     "erase": 0.0,  # probability of random erasing; MAE's released fine-tuning: 0.25
 }
 SEGMENT: dict[str, Any] = {
-    "classes": 2,  # number of classes of pixels; pixels with larger values in the mask are ignored
+    "classes": 2,  # number of classes of pixels; larger values in the mask are ignored, which a run says at its start
     "background": 0,  # class around the objects, for how well attention covers these; -1: none
     # linear, on patch tokens; probe: the same behind a batch norm without scale and shift; upernet: pyramid
     # pooling and FPN of four blocks (arXiv 1807.10221).

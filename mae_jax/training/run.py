@@ -78,6 +78,8 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
         method.check_data()
         if method.task == "classification" and method.uses_labels and "labels" not in spec:
             dataset.check_labels()
+        if method.task == "segmentation":
+            dataset.check_masks(method.classes)
         if unread := optim.unread(config):
             logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
     return Run(_decided(config, dataset), folder, TrainStep(method, mesh), inputs)

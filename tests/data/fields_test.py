@@ -253,13 +253,15 @@ def test_numbers_below_the_offset_and_255_are_ignored():
     assert decode_mask(stored).tolist() == [[0, 1, 2, 255]]
 
 
-def test_a_mask_is_the_index_into_its_palette_or_the_first_channel():
+def test_a_mask_is_the_index_into_its_palette_or_one_channel():
     palette = Image.new("P", (2, 1), 3)
     palette.putpalette([9, 9, 9] * 256)
     file = io.BytesIO()
     palette.save(file, "PNG")
     assert decode_mask(file.getvalue()).tolist() == [[3, 3]]
-    assert decode_mask(encoded(np.array([[[4, 7, 0]]], np.uint8), "PNG").read()).tolist() == [[4]]
+    assert decode_mask(encoded(np.array([[[4, 4, 4], [9, 9, 9]]], np.uint8), "PNG").read()).tolist() == [[4, 9]]
+    with pytest.raises(BadImage, match="a mask of colors without a palette"):
+        decode_mask(encoded(np.array([[[4, 4, 4], [4, 7, 0]]], np.uint8), "PNG").read())
 
 
 @pytest.mark.parametrize("content", [b"text", b"", encoded(np.zeros((2, 2), np.uint16), "PNG").read()])

@@ -69,8 +69,7 @@ def main() -> int:
     method, opened = methods.with_data(config)
     inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
     print(inputs.description, flush=True)  # reading every image may take long
-    if method.task == "classification" and "labels" not in method.eval_spec():
-        warn_of_labels(opened)
+    warn_of_labels(opened, method)
     if WRITE.value == "batches":
         from mae_jax.data.writers import write_batches
 
@@ -108,10 +107,13 @@ def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Pa
     paths.replace_bytes(path, content.getvalue())
 
 
-def warn_of_labels(opened: "OpenedData") -> None:
-    """Prints a warning if training would stop because labels are missing."""
+def warn_of_labels(opened: "OpenedData", method: "Method") -> None:
+    """Prints a warning if training would stop because labels are missing, or masks have no classes."""
     try:
-        opened.check_labels()
+        if method.task == "classification" and "labels" not in method.eval_spec():
+            opened.check_labels()
+        elif method.task == "segmentation":
+            opened.check_masks(method.classes)
     except UserError as error:
         print(f"training would stop: {error}")
 
