@@ -221,7 +221,9 @@ def test_a_key_that_comes_twice_is_refused_and_not_mixed(tmp_path):
 
 
 def test_a_mask_is_no_image_where_keys_lack_one(tmp_path):
-    write(tmp_path / "a.tar", {"x.png": encoded(1), "x.seg.png": encoded(9), "y.seg.png": encoded(9)})
+    mask = io.BytesIO()
+    Image.new("L", (4, 3), 9).save(mask, "PNG")
+    write(tmp_path / "a.tar", {"x.png": encoded(1), "x.seg.png": mask.getvalue(), "y.seg.png": mask.getvalue()})
     for fields in ({}, {"mask_key": "seg.png"}):
         source = load(tmp_path / "a.tar", eval_split="", **fields)
         assert [color(source.read(i)) for i in range(source.size)] == [1]
