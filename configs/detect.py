@@ -36,16 +36,18 @@ comparable.
 Differences from the published protocols (`digits` is our choice as a whole):
 - The mask loss is a mean over the global batch, where others average over each GPU's part.
 - Batch norms are over the global batch: images in pyramids, regions in heads. benchmarking has them in both, as
-  published, and group norm on upsampled maps. ibot has one in its box heads (from memory of MMDetection, none in
-  pyramid and masks).
+  published, and group norm on upsampled maps. ibot has one in its box heads. Theirs, and xcit's, also have one where
+  maps are upsampled 4 times, which has group norm here.
+- ibot leaves out anchors that cross the image's border (allowed_border=0); here all are trained on.
+- xcit has one drop path rate for all blocks; here it grows linearly.
 - benchmarking has decomposed relative positions in each block instead of two shared tables, windows of 16 as in its
   public reimplementation, and for L the rates that are known for B.
 - ibot and xcit keep the class token, which is not part of their maps. Their images are padded to 1,344 x 1,344.
 - Each stage of ibot's cascade trains on all regions of the previous stage, not on a new sample, and the gradients to
   the maps are divided among the stages. Only the first stage has masks (from memory, MMDetection has a mask head per
   stage).
-- Weight decay of xcit and ibot applies to kernels and the class token (from memory, theirs excludes only norms and
-  positions). The warm-up of both is from memory of MMDetection.
+- Weight decay of xcit and ibot applies to kernels and the class token; ibot's has positions too, xcit's biases. The
+  warm-up of both is from memory of MMDetection.
 - vitdet_h accepts MAE's weights, whose patches of 14 pixels are resized to 16.
 None of the protocols on COCO has been run.
 """

@@ -152,6 +152,9 @@ def _refuses(config: ConfigDict) -> str:
         return "is not a ViTDet: Detectron2's layout requires method.pyramid=simple with four scales and layer norm"
     if config.model.positions != "learned":
         return "has no learned position embeddings: Detectron2's layout requires model.positions=learned"
+    height, width = config.data.image_size
+    if height != width:
+        return f"has images of {height} x {width}, and Detectron2's positions are of square ones"
     return ""
 
 
@@ -163,6 +166,8 @@ LAYOUT = Layout(
     files=(".pth", ".safetensors"),
     loading=lambda exported: """import safetensors.torch
 
+# `model` is of projects/ViTDet, made with model.backbone.net.pretrain_img_size = the side of the images here: its
+# positions are of that size, and others do not load. Anchors and pixel statistics are its own.
 state = safetensors.torch.load_file("FOLDER/model.safetensors")
-model.load_state_dict(state, strict=False)  # of projects/ViTDet; anchors and pixel statistics are its own""",
+model.load_state_dict(state, strict=False)""",
 )

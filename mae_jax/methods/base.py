@@ -107,7 +107,6 @@ class Method:
     small: ClassVar[dict[str, Any]] = {}  # their values in `runlocal`; for built-in methods see methods/fields.py
     uses_labels: bool = False  # training uses labels: training and evaluation splits must be disjoint
     has_class_head: bool = False  # the head has one output per class of the data, in the data's order
-    class_parameters: str = ""  # regular expression of paths of further parameters that have one part per class
     loss_spans_batch: bool = False  # the loss has terms across images, and so excludes gradient accumulation
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides `patches` and `order`
     num_clusters: int = 1  # number of values of the batch field `cluster`
@@ -125,6 +124,11 @@ class Method:
     @staticmethod
     def validate(config: ConfigDict) -> None:
         """Raises UserError for invalid values of the method's own config fields."""
+
+    @staticmethod
+    def class_parameters(config: ConfigDict) -> str:
+        """Returns a regular expression of paths of parameters with one part per class, other than `head`; '': none."""
+        return ""
 
     @staticmethod
     def data_needs(config: ConfigDict) -> DataNeeds:

@@ -49,8 +49,12 @@ class Detection(Method):
     task = "detection"
     defaults = fields.DETECTION
     uses_labels = has_class_head = True
-    class_parameters = r"(boxes\d*/(logits|deltas)|masks/logits)/(kernel|bias)"
     loss_spans_batch = True  # the mask loss is divided by the number of masks in the batch
+
+    @staticmethod
+    def class_parameters(config: ConfigDict) -> str:
+        boxes = "logits|deltas" if config.method.class_boxes else "logits"
+        return rf"(boxes\d*/({boxes})|masks/logits)/(kernel|bias)"
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -193,8 +197,9 @@ class Detection(Method):
         total = sum(weight * value / jnp.maximum(count, 1) for (value, count), weight in (
             (term, self.weights().get(name, 1.0)) for name, term in terms.items()))
         count = there.sum(dtype=jnp.float32)
+        proposed = (training.kind == POSITIVE) & (training.index < boxes.shape[1])  # the true boxes come behind them
         metrics = {"loss": (total * count, count), **{f"loss_{name}": term for name, term in terms.items()},
-                   "positive_regions": ((training.kind == POSITIVE).sum(dtype=jnp.float32), count)}
+                   "positive_regions": (proposed.sum(dtype=jnp.float32), count)}
         return total, (metrics, extras)
 
     def weights(self) -> dict[str, float]:

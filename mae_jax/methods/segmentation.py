@@ -39,9 +39,12 @@ class Segment(Method):
     task = "segmentation"
     uses_labels = True
     defaults = fields.SEGMENT
-    class_parameters = r"upernet/(main|aux)_classes/.*"
     # BEiT's code excludes one-dimensional parameters from weight decay; this code also excludes positions.
     decay_suffixes = (*Method.decay_suffixes, BIAS_TABLE)
+
+    @staticmethod
+    def class_parameters(config: ConfigDict) -> str:
+        return r"upernet/(main|aux)_classes/.*"
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

@@ -135,7 +135,7 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
 def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
                            classes: Sequence[str]) -> dict[str, Any]:
     """Drops a detector's parameters per class if its classes are others; renamed, so that `merge` reports them."""
-    pattern = methods.get(config.method.name).class_parameters
+    pattern = methods.get(config.method.name).class_parameters(config)
     there, here = (param_tree.flatten(tree) for tree in (loaded, params))
     own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]
     if not own or config.init_head == "keep":

@@ -98,7 +98,8 @@ def test_unknown_names_are_refused_with_the_nearest(params):
 
 @pytest.mark.parametrize(("fields", "why"), [({}, ""), ({"method.norm": "group"}, "is not a ViTDet"), (
     {"method.pyramid": "blocks", "method.map_blocks": (0, 1), "method.scales": (2.0, 1.0),
-     "method.anchor_sizes": (4.0, 8.0)}, "is not a ViTDet")])
+     "method.anchor_sizes": (4.0, 8.0)}, "is not a ViTDet"), (
+    {"data.image_size": (16, 32)}, "has images of 16 x 32")])
 def test_what_detectron2_has_no_names_for_is_refused(fields, why):
     assert LAYOUT.refuses(detector(fields)).startswith(why)
     assert bool(LAYOUT.refuses(detector(fields))) == bool(why)

@@ -61,7 +61,7 @@ def test_the_order_of_objects_changes_nothing(found):
     order = np.array([3, 1, 0, 2])
     moved = batch | {name: batch[name][:, order] for name in ("box", "box_class", "box_valid", "box_mask")}
     other, others, their_grads = loss_and_grads(config, params, moved)
-    assert means["positive_regions"] > 1
+    assert means["positive_regions"] > 0
     assert other == pytest.approx(loss, rel=1e-5)
     assert others == pytest.approx(means, rel=1e-4)
     for name, grad in grads.items():

@@ -74,8 +74,17 @@ def test_a_detector_of_other_classes_gives_all_but_its_classes(tmp_path):
     assert (other["masks/logits/kernel"] != theirs["masks"]["logits"]["kernel"]).any()
     np.testing.assert_array_equal(other["boxes/fc1/kernel"], theirs["boxes"]["fc1"]["kernel"])
     assert "other classes/boxes" in report
+    assert (other["boxes/deltas/kernel"] != theirs["boxes"]["deltas"]["kernel"]).any()
     kept, _ = started(source, detector({"init_head": "keep"}), ("a", "b", "z"))
     np.testing.assert_array_equal(kept["boxes/logits/kernel"], theirs["boxes"]["logits"]["kernel"])
+
+
+def test_boxes_of_all_classes_in_one_are_kept_for_others(tmp_path):
+    fields = {"method.class_boxes": False}
+    source, theirs = written(tmp_path, detector(fields), classes=("a", "b", "c"))
+    other, _ = started(source, detector(fields), ("a", "b", "z"))
+    assert (other["boxes/logits/kernel"] != theirs["boxes"]["logits"]["kernel"]).any()
+    np.testing.assert_array_equal(other["boxes/deltas/kernel"], theirs["boxes"]["deltas"]["kernel"])
 
 
 def test_relative_positions_of_another_grid_are_resized(tmp_path):

@@ -85,9 +85,13 @@ def augment(stored: StoredImage, objects: Objects | None, rng: np.random.Generat
 
 def evaluate(stored: StoredImage, objects: Objects | None, config: ConfigDict,
              most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the evaluation's view: the whole image, as large as the canvas allows; otherwise as `augment`."""
-    canvas = tuple(config.data.image_size)
-    return _view(stored, objects, whole((stored.height, stored.width), canvas), canvas, most)
+    """Returns the evaluation's view: the whole image; otherwise as `augment`.
+
+    It is as large as the canvas allows, or of the largest size of multi_scale, as the protocols that train with it do.
+    """
+    canvas, size = tuple(config.data.image_size), (stored.height, stored.width)
+    place = largest_of_scales(size, canvas) if config.data.augment == "multi_scale" else whole(size, canvas)
+    return _view(stored, objects, place, canvas, most)
 
 
 def whole(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
@@ -153,6 +157,13 @@ def multi_scale(size: tuple[int, int], canvas: tuple[int, int], rng: np.random.G
         left, right = size[1] - right, size[1] - left
     return Placement((max(left, 0.0), top, min(right, float(size[1])), min(bottom, float(size[0]))),
                      (int(shape[0]), int(shape[1])), flip)
+
+
+def largest_of_scales(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
+    """Places a whole image with a short side of 800, or a long one of 1333, in proportion to the canvas."""
+    unit = min(canvas) / MULTI_SCALE_CANVAS
+    shape = _keeping_ratio(size, SHORT[-1] * unit, LONG * unit, canvas)
+    return Placement((0.0, 0.0, float(size[1]), float(size[0])), (int(shape[0]), int(shape[1])))
 
 
 def _keeping_ratio(size: tuple[float, float], short: float, long: float, canvas: tuple[int, int]) -> np.ndarray:

@@ -13,7 +13,17 @@ from mae_jax.data.decode import ORIENTATION, BadImage
 from mae_jax.data.objects import Objects, Region
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms import detection
-from mae_jax.data.transforms.detection import AROUND, Placement, fields, lsj, multi_scale, resampled, visible, whole
+from mae_jax.data.transforms.detection import (
+    AROUND,
+    Placement,
+    fields,
+    largest_of_scales,
+    lsj,
+    multi_scale,
+    resampled,
+    visible,
+    whole,
+)
 from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.errors import UserError
 from mae_jax.ops.patches import PatchGrid
@@ -128,6 +138,18 @@ def test_an_evaluation_sees_the_whole_image_as_large_as_may_be():
     made = builder(config()).evaluate(painted(), 0, 0, 1.0)
     assert made["size"].tolist() == [40, 64]
     np.testing.assert_allclose(made["box"][:2], np.array([[6, 8, 36, 38], [44, 20, 70, 46]]) * 0.8, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "canvas", "shown"), [
+    ((480, 640), 1344, (800, 1067)), ((640, 427), 1344, (1199, 800)), ((300, 1000), 1344, (400, 1333)),
+    ((480, 640), 336, (200, 267))])
+def test_an_evaluation_of_multi_scale_has_the_size_of_its_protocols(size, canvas, shown):
+    """MMDetection's test pipeline: img_scale=(1333, 800), keep_ratio=True; in proportion on another canvas."""
+    place = largest_of_scales(size, (canvas, canvas))
+    assert place.size == shown
+    assert place.part == (0, 0, size[1], size[0])
+    made = builder(config(**{"data.augment": "multi_scale"})).evaluate(painted(), 0, 0, 1.0)
+    assert made["size"].tolist() == list(largest_of_scales((50, 80), (64, 64)).size) == [38, 61]
 
 
 @pytest.mark.parametrize(("share", "u", "part", "size"), [
