@@ -13,11 +13,11 @@ than the voted one (`random`). All are judged by logistic regression on frozen f
 The first training has the quickstart's rate; `longer` has the better of two, the mixture's among them, by the held-out
 tenth of each domain's training images and seed 0.
 
-Two manipulation checks, both in the mean of the seeds that are there: `all` must be five points above an untrained
-encoder, or nothing is judged; and the voted path must be a point above others, or the experts differ too little for
-this measure, and no claim about MoCE is judged. If it is not after three seeds, no other mixture is trained: two seeds
-of instrument.py, with the same mixture after a shorter first training, had 0.6 and 0.8 points. Verdicts are those of
-studies/verdicts.py; that a point matters is our choice, as are all values.
+Two manipulation checks, in the mean of seeds, of which three decide whether the study goes on: `all` must be five
+points above an untrained encoder, or nothing is judged; and the voted path must be a point above others, or the
+experts differ too little for this measure, and no claim about MoCE is judged. If it is not after three seeds, no other
+mixture is trained: two seeds of instrument.py, with the same mixture after a shorter first training, had 0.6 and 0.8
+points. Verdicts are those of studies/verdicts.py; that a point matters is our choice, as are all values.
 
 The study was begun with a first training of 4,800 steps and 760 test images of each domain. After three seeds `all` was
 4.2 points above an untrained encoder, so it ended. Its length was then chosen anew on held-out training images, with

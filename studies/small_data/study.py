@@ -13,12 +13,12 @@ rate of pre-training, by a fine-tuning after a quarter of a run on all images, a
 steps) of fine-tuning. The other seeds train at these. A cell reads the test split once, with its last weights; only
 cells of what was chosen enter the tables. Seeds differ in all random draws, not in the images of a part.
 
-As a manipulation check, on all images and in the mean of the seeds that are there: a method must be five points above
-`scratch`, fine-tuned, so that it has something to lose, and above k-NN on its own features, so that fine-tuning works.
-If DINO is not, after three seeds or later, the study ends; another method is not judged then. What is judged is the
-loss from 58,000 to 580 images; 5,800 are of three seeds, to see the way there. Verdicts are those of
-studies/verdicts.py; that a point and a half matters is our choice, as are all values. If the differences of losses
-deviate by one point over seeds, as the design assumed, eight seeds see a point and a half with a power of 0.83.
+As a manipulation check, on all images and in the mean of seeds: a method must be five points above `scratch`, fine-
+tuned, so that it has something to lose, and above k-NN on its own features, so that fine-tuning works. If DINO is not,
+after three seeds or after all, the study ends; another method is not judged then. What is judged is the loss from
+58,000 to 580 images; 5,800 are of three seeds, to see the way there. Verdicts are those of studies/verdicts.py; that a
+point and a half matters is our choice, as are all values. If the differences of losses deviate by one point over
+seeds, as the design assumed, eight seeds see a point and a half with a power of 0.83.
 
 One JSON line per cell is in studies/small_data/results.jsonl, the table in results.md.
 """
