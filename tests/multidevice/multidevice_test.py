@@ -51,7 +51,7 @@ def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gr
 
 def test_a_detector_samples_and_learns_alike_on_every_mesh():
     found = run("detected", 8)
-    assert found.pop("positives")["of one"] > 1
+    assert min(found.pop("positives").values()) > 1  # so that there is something to differ in
     assert found.pop("repeated") == {"differ": 0, "distinct": 10}
     for name, apart in found.items():
         assert apart["metrics"] < 1e-5, name
