@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import cluster_ids, labels, objects, token_maps
+from mae_jax.data import cluster_ids, labels, object_sizes, objects, token_maps
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
@@ -124,6 +124,11 @@ class OpenedData:
         """Raises UserError if masks have one class because their other values are none; see `labels.check_masks`."""
         if self.config.data.source != "batches" and "pixel_label" in self.train.fields:
             labels.check_masks(self.train, classes, self.config.data.train_split)
+
+    def warn_of_sizes(self) -> None:
+        """Logs a warning if the anchors of a detector do not fit the objects; see `object_sizes.warn`."""
+        if self.config.data.source != "batches" and getattr(self.train, "annotations", None):
+            object_sizes.warn(self.train, self.config)
 
     def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
                 rows: np.ndarray | None = None) -> Inputs:

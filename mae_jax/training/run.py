@@ -80,6 +80,8 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
             dataset.check_labels()
         if method.task == "segmentation":
             dataset.check_masks(method.classes)
+        if method.task == "detection":
+            dataset.warn_of_sizes()
         if unread := optim.unread(config):
             logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
     return Run(_decided(config, dataset), folder, TrainStep(method, mesh), inputs)

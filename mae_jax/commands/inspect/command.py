@@ -114,6 +114,8 @@ def warn_of_labels(opened: "OpenedData", method: "Method") -> None:
             opened.check_labels()
         elif method.task == "segmentation":
             opened.check_masks(method.classes)
+        elif method.task == "detection":
+            opened.warn_of_sizes()
     except UserError as error:
         print(f"training would stop: {error}")
 

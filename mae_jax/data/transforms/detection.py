@@ -89,9 +89,14 @@ def evaluate(stored: StoredImage, objects: Objects | None, config: ConfigDict,
 
     It is as large as the canvas allows, or of the largest size of multi_scale, as the protocols that train with it do.
     """
-    canvas, size = tuple(config.data.image_size), (stored.height, stored.width)
-    place = largest_of_scales(size, canvas) if config.data.augment == "multi_scale" else whole(size, canvas)
-    return _view(stored, objects, place, canvas, most)
+    place = evaluation_placement((stored.height, stored.width), config)
+    return _view(stored, objects, place, tuple(config.data.image_size), most)
+
+
+def evaluation_placement(size: tuple[int, int], config: ConfigDict) -> Placement:
+    """Returns where `evaluate` shows an image (height, width)."""
+    canvas = tuple(config.data.image_size)
+    return largest_of_scales(size, canvas) if config.data.augment == "multi_scale" else whole(size, canvas)
 
 
 def whole(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
