@@ -36,7 +36,7 @@ def warn(part: Any, config: ConfigDict) -> None:
     sizes = np.geomspace(min(low, middle / half), max(high, middle * half), maps).round(1)
     log.warning("%.0f %% of the objects of data.train_split=%r overlap no anchor by %g, even one at their place: on a "
                 "canvas of %s pixels they are %.0f to %.0f pixels large (the middle %.0f), and "
-                "method.anchor_sizes=%s. Such sizes would fit: --config.method.anchor_sizes='%s'", 100 * missed,
+                "method.anchor_sizes=%s. Such sizes would fit: --config.method.anchor_sizes='(%s)'", 100 * missed,
                 config.data.train_split, least, canvas, low, high, middle, tuple(m.anchor_sizes),
                 ",".join(map(str, sizes)))
 

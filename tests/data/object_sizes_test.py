@@ -27,7 +27,7 @@ def config(**changed):
 @pytest.mark.parametrize(("side", "says"), [
     (100, ""),  # as large as an anchor on the canvas, where the image is 32 x 64
     (30, r"100 % of the objects of data.train_split='train' overlap no anchor by 0.3.*a canvas of 64 x 64 pixels they "
-         r"are 5 to 5 pixels large \(the middle 5\).*anchor_sizes='3.4,6.8'"),
+         r"are 5 to 5 pixels large \(the middle 5\).*anchor_sizes='\(3.4,6.8\)'"),
     (380, "are 61 to 61 pixels large")])
 def test_anchors_that_fit_no_object_are_told_with_sizes_that_do(side, says, caplog):
     object_sizes.warn(split(side), config())
