@@ -13,10 +13,10 @@ from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
-from mae_jax.losses.segmentation import upsample
 from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
 from mae_jax.ops.patches import normalize
+from mae_jax.ops.resampling import upsample
 
 # Colors from dark to bright with increasing lightness, so that the order of weights is also visible in grayscale.
 RAMP = np.array([(0, 0, 30), (70, 10, 110), (190, 50, 90), (250, 150, 30), (255, 255, 180)])

@@ -11,9 +11,10 @@ import numpy as np
 from mae_jax.evals.attention_maps import maps
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
-from mae_jax.losses.segmentation import IGNORED, upsample
+from mae_jax.losses.segmentation import IGNORED
 from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.partitioning import constrain
+from mae_jax.ops.resampling import upsample
 
 MASSES = tuple(np.arange(1, 20) / 20)  # candidate attention masses; DINO (arXiv 2104.14294, 4.2.2) uses 0.6
 

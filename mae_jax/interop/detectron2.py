@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, printable
 from mae_jax.interop.layouts import Layout, nearest
+from mae_jax.models.detection import BOX_SIDE
 from mae_jax.param_tree import flatten, nest
 
-SIDE = 7  # bins per side of the regions that the box head takes
 # Buffers in a state dict, which are not parameters.
 BUFFERS = re.compile(r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*|.*\.num_batches_tracked")
 PYRAMID = {  # layer of mae_jax → layer of Detectron2; the scales 4, 2, 1 and 1/2 are simfp_2 to simfp_5
@@ -124,7 +124,7 @@ def _to(path: str, leaf: np.ndarray) -> np.ndarray:
     if leaf.ndim == 4:
         return np.ascontiguousarray(leaf.transpose((0, 3, 1, 2) if "deconv" in path else (3, 2, 0, 1)))
     if re.fullmatch(r"boxes\d*/fc1/kernel", path):
-        cells = leaf.reshape(SIDE, SIDE, -1, leaf.shape[-1])
+        cells = leaf.reshape(BOX_SIDE, BOX_SIDE, -1, leaf.shape[-1])
         return np.ascontiguousarray(cells.transpose(3, 2, 0, 1).reshape(leaf.shape[-1], -1))
     return np.ascontiguousarray(leaf.T) if path.endswith("/kernel") else leaf
 
@@ -137,7 +137,7 @@ def _from(path: str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 4:
         return np.ascontiguousarray(array.transpose((0, 2, 3, 1) if "deconv" in path else (2, 3, 1, 0)))
     if re.fullmatch(r"boxes\d*/fc1/kernel", path):
-        cells = array.reshape(len(array), -1, SIDE, SIDE)
+        cells = array.reshape(len(array), -1, BOX_SIDE, BOX_SIDE)
         return np.ascontiguousarray(cells.transpose(2, 3, 1, 0).reshape(-1, len(array)))
     return np.ascontiguousarray(array.T) if path.endswith("/kernel") else array
 

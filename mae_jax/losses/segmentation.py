@@ -18,15 +18,6 @@ def pixels(mask: jax.Array, grid: PatchGrid) -> jax.Array:
     return tiles.reshape(-1, *grid.image_size)
 
 
-def upsample(logits: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """Upsamples logits of patches [B, gh, gw, C] bilinearly to pixels, float32 [B, gh · height, gw · width, C].
-
-    `patch` is the (height, width) of a patch in pixels.
-    """
-    rows, columns = (cells * pixels for cells, pixels in zip(logits.shape[1:3], patch, strict=True))
-    return resampling.resize(logits.astype(jnp.float32), (rows, columns))
-
-
 def cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the cross-entropy of each pixel, float32 [...], for logits [..., C] and mask [...]; 0 where IGNORED.
 

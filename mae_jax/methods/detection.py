@@ -14,7 +14,7 @@ from mae_jax.losses import detection as losses
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
 from mae_jax.methods.detection_fields import check, decays, flops, learns
-from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
+from mae_jax.models.detection import BOX_SIDE, MASK_SIDE, BoxHead, MaskHead, ProposalHead
 from mae_jax.models.map_norms import MOMENTS
 from mae_jax.models.pyramid import PYRAMIDS
 from mae_jax.models.vit import make_encoder
@@ -27,7 +27,6 @@ from mae_jax.ops.detection.selection import Objects, Training, of_each_image
 from mae_jax.ops.patches import normalize
 from mae_jax.ops.windows import Spatial
 
-BOX_SIDE, MASK_SIDE = 7, 14  # RoIAlign bins along each side of a region
 CODERS: tuple[selection.Weights, ...] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))  # delta weights per stage
 NORMS = ("layer", "group", "batch", "none")
 CANONICAL = 14  # side, in patches, of regions assigned to the map of one patch per cell: 224 pixels for patches of 16

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
+from mae_jax.models.detection import BOX_SIDE, MASK_SIDE
 from mae_jax.ops.flops import blocks_flops, conv_flops
 from mae_jax.ops.patches import PatchGrid
 
@@ -116,11 +117,12 @@ def flops(method: Any) -> int:
         total += conv_flops(cells, 1, inputs, channels) + conv_flops(cells, 3, channels, channels)
         total += m.proposal_convs * conv_flops(cells, 3, channels, channels)
         total += conv_flops(cells, 1, channels, 5 * anchors)
-    flat = 7 * 7 * channels
+    flat = BOX_SIDE**2 * channels
     layers = [flat, *[m.box_width] * m.box_layers]
-    head = m.box_convs * conv_flops(7 * 7, 3, channels, channels) + sum(
+    head = m.box_convs * conv_flops(BOX_SIDE**2, 3, channels, channels) + sum(
         conv_flops(1, 1, a, b) for a, b in itertools.pairwise(layers))
     head += conv_flops(1, 1, layers[-1], method.classes + 1 + 4 * (method.classes if m.class_boxes else 1))
     total += len(m.stage_overlaps) * m.regions * head
-    masks = m.mask_convs * conv_flops(14 * 14, 3, channels, channels) + conv_flops(14 * 14, 1, channels, 4 * channels)
-    return total + method.positives * (masks + conv_flops(28 * 28, 1, channels, method.classes))
+    cells = MASK_SIDE**2
+    masks = m.mask_convs * conv_flops(cells, 3, channels, channels) + conv_flops(cells, 1, channels, 4 * channels)
+    return total + method.positives * (masks + conv_flops(4 * cells, 1, channels, method.classes))

@@ -12,6 +12,7 @@ from mae_jax.ops.linear import linear
 
 PROPOSAL_STD = 0.01  # initial deviations of all proposal kernels, and of the last layers for classes, boxes and masks
 CLASS_STD, BOX_STD, MASK_STD = 0.01, 0.001, 0.001
+BOX_SIDE, MASK_SIDE = 7, 14  # RoIAlign bins along each side of a region
 
 
 class ProposalHead(nn.Module):

@@ -55,6 +55,15 @@ def resize(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
     return apply(rows, columns, maps).astype(maps.dtype)
 
 
+def upsample(maps: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """Resizes maps of patches [B, gh, gw, C] bilinearly to pixels, float32 [B, gh · height, gw · width, C].
+
+    `patch` is the (height, width) of a patch in pixels.
+    """
+    rows, columns = (cells * pixels for cells, pixels in zip(maps.shape[1:3], patch, strict=True))
+    return resize(maps.astype(jnp.float32), (rows, columns))
+
+
 def pool(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Averages maps [B, h, w, C] over the bins of `pooling` to [B, *size, C], in their dtype."""
     rows, columns = (pooling(cells, to) for cells, to in zip(maps.shape[1:3], size, strict=True))

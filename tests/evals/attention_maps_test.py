@@ -7,7 +7,8 @@ import pytest
 from mae_jax.errors import UserError
 from mae_jax.evals import attention_maps, attention_overlap
 from mae_jax.evals.image_grid import CAPTION, GAP
-from mae_jax.losses.segmentation import IGNORED, upsample
+from mae_jax.losses.segmentation import IGNORED
+from mae_jax.ops.resampling import upsample
 from tests.helpers import margins
 from tests.helpers.tiny import (
     tiny_batch,

@@ -12,6 +12,7 @@ from mae_jax.evals import reconstruction
 from mae_jax.losses import segmentation
 from mae_jax.methods.base import Method, mean_square, pool
 from mae_jax.models.vit import make_encoder
+from mae_jax.ops import resampling
 from mae_jax.ops.patches import normalize
 from tests.evals.evaluations_test import evaluated
 from tests.helpers import tiny
@@ -60,7 +61,7 @@ class Segmenter(Plain):
 
     def pixel_logits(self, params, extras, batch):
         logits = self.encode(params, extras, batch)[:, 1:] @ params["kernel"]
-        return segmentation.upsample(logits.reshape(-1, *self.grid.shape, self.classes), self.grid.patch)
+        return resampling.upsample(logits.reshape(-1, *self.grid.shape, self.classes), self.grid.patch)
 
     def pixel_classes(self, batch):
         return segmentation.pixels(batch["pixel_label"], self.grid)

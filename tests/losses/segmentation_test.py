@@ -23,7 +23,7 @@ def test_masks_of_patches_come_together_as_pixels():
                                              ((1, 4), (3, 1))])
 def test_upsampling_is_bilinear_about_pixel_centers_with_the_edge_repeated(grid, patch):
     logits = np.random.default_rng(0).normal(size=(2, *grid, 3)).astype(np.float32)
-    found = segmentation.upsample(logits, patch)
+    found = resampling.upsample(logits, patch)
     size = grid[0] * patch[0], grid[1] * patch[1]
     assert found.shape == (2, *size, 3)
     centers = np.meshgrid(*((np.arange(n) + 0.5) / p - 0.5 for n, p in zip(size, patch, strict=True)), indexing="ij")
@@ -37,7 +37,7 @@ def test_upsampling_is_bilinear_about_pixel_centers_with_the_edge_repeated(grid,
 
 def test_upsampling_keeps_float32_whatever_the_logits_are():
     logits = jnp.arange(8, dtype=jnp.bfloat16).reshape(1, 2, 2, 2)
-    assert segmentation.upsample(logits, (4, 4)).dtype == jnp.float32
+    assert resampling.upsample(logits, (4, 4)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("size", [(12, 20), (7, 5)])

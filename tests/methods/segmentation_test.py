@@ -10,6 +10,7 @@ from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
 from mae_jax.methods.segmentation import upsampling_flops
 from mae_jax.models.upernet import map_blocks
+from mae_jax.ops import resampling
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import (
     tiny_method,
@@ -77,7 +78,7 @@ def test_an_earlier_block_is_classified_after_a_norm_without_parameters():
     tokens = np.asarray(method.encode(params, {}, batch, 0))[:, 1:]
     normed = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
     wanted = (normed @ params["head"]["kernel"] + params["head"]["bias"]).reshape(8, 4, 4, 3)
-    np.testing.assert_allclose(logits, segmentation.upsample(wanted, (4, 4)), atol=1e-4)
+    np.testing.assert_allclose(logits, resampling.upsample(wanted, (4, 4)), atol=1e-4)
 
 
 def test_a_probe_classifies_normalized_tokens_of_all_valid_images_and_follows_their_moments():
@@ -91,7 +92,7 @@ def test_a_probe_classifies_normalized_tokens_of_all_valid_images_and_follows_th
     def wanted(mean, var):
         """The mean cross-entropy per pixel of a head behind these moments."""
         cells = ((tokens - mean) / np.sqrt(var + 1e-6)) @ head["kernel"] + head["bias"]
-        logits = jnp.asarray(np.asarray(segmentation.upsample(cells.reshape(8, 4, 4, 3).astype(np.float32), (4, 4))))
+        logits = jnp.asarray(np.asarray(resampling.upsample(cells.reshape(8, 4, 4, 3).astype(np.float32), (4, 4))))
         total, _ = segmentation.over_pixels(logits, method.pixel_classes(batch))
         return total / (np.asarray(method.pixel_classes(batch)) != segmentation.IGNORED).sum()
 
