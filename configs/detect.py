@@ -36,18 +36,14 @@ comparable.
 Differences from the published protocols (`digits` is our choice as a whole):
 - The mask loss is a mean over the global batch, where others average over each GPU's part.
 - Batch norms are over the global batch: images in pyramids, regions in heads. benchmarking has them in both, as
-  published, and group norm on upsampled maps. ibot has one in its box heads. Theirs, and xcit's, also have one where
-  maps are upsampled 4 times, which has group norm here.
-- ibot leaves out anchors that cross the image's border (allowed_border=0); here all are trained on.
-- xcit has one drop path rate for all blocks; here it grows linearly.
+  published, and group norm on upsampled maps. ibot has one in its box heads; ibot and xcit have one on upsampled maps.
 - benchmarking has decomposed relative positions in each block instead of two shared tables, windows of 16 as in its
   public reimplementation, and for L the rates that are known for B.
 - ibot and xcit keep the class token, which is not part of their maps. Their images are padded to 1,344 x 1,344.
 - Each stage of ibot's cascade trains on all regions of the previous stage, not on a new sample, and the gradients to
   the maps are divided among the stages. Only the first stage has masks (from memory, MMDetection has a mask head per
   stage).
-- Weight decay of xcit and ibot applies to kernels and the class token; ibot's has positions too, xcit's biases. The
-  warm-up of both is from memory of MMDetection.
+- The warm-up of xcit and ibot is from memory of MMDetection.
 - vitdet_h accepts MAE's weights, whose patches of 14 pixels are resized to 16.
 None of the protocols on COCO has been run.
 """
@@ -152,14 +148,15 @@ def ibot_cascade(config: ConfigDict) -> None:
     mmdetection(config, "B", epochs=12, milestones=(8 / 12, 11 / 12))
     config.model.drop_path = 0.2
     config.method.update(stage_overlaps=(0.5, 0.6, 0.7), stage_weights=(1.0, 0.5, 0.25), beta=1 / 9,
-                         proposals=(2000, 1000), box_loss="giou", box_weight=10.0, norm="none", box_norm="batch")
+                         proposals=(2000, 1000), box_loss="giou", box_weight=10.0, norm="none", box_norm="batch",
+                         allowed_border=0, decayed="matrices")
     config.optim.layer_decay = 0.75
 
 
 def xcit_3x(config: ConfigDict, size: str) -> None:
     """Sets facebookresearch/xcit's mask_rcnn_xcit_*_3x_coco, for a plain ViT."""
     mmdetection(config, size, epochs=36, milestones=(27 / 36, 33 / 36))
-    config.model.drop_path = 0.05
+    config.model.update(drop_path=0.05, drop_path_rates="constant")
     config.method.update(norm="none", box_convs=0, box_layers=2)
 
 
@@ -168,7 +165,7 @@ def mmdetection(config: ConfigDict, size: str, epochs: int, milestones: tuple[fl
     coco(config, size, 1344, "multi_scale")
     config.batch_size = 16
     config.method.update(class_token=True, window=0, global_blocks=(), relative_positions=False, pyramid="blocks",
-                         map_blocks=(3, 5, 7, 11), proposal_convs=1, least_overlap=0.3, decayed="kernels")
+                         map_blocks=(3, 5, 7, 11), proposal_convs=1, least_overlap=0.3, upsampling_norm="batch")
     config.optim.update(lr=1e-4 * 256 / 16, warmup="500 steps", warmup_lr=1e-7, weight_decay=0.05,
                         milestones=milestones, clip=0.0)
     config.train.duration = f"{epochs} epochs"

@@ -100,7 +100,7 @@ def xcit(config: ConfigDict) -> None:
     peak(config, 6e-5)
     config.optim.update(weight_decay=0.01, layer_decay=1.0)
     config.method.update(relative_position_bias=False, head_width=512, test="whole")
-    config.model.update(layer_scale=0.0, drop_path=0.05, auto=(*SHAPE, "layer_scale"))
+    config.model.update(layer_scale=0.0, drop_path=0.05, drop_path_rates="constant", auto=(*SHAPE, "layer_scale"))
 
 
 def ade20k(config: ConfigDict) -> None:

@@ -58,7 +58,8 @@ class Detection(Method):
     @staticmethod
     def validate(config: ConfigDict) -> None:
         check_choices(config.method, pyramid=tuple(PYRAMIDS), norm=NORMS, box_norm=("", *NORMS),
-                      box_loss=("l1", "giou"), decayed=("detectron2", "all", "kernels"))
+                      box_loss=("l1", "giou"), decayed=("detectron2", "all", "matrices", "kernels"),
+                      upsampling_norm=("group", "batch"))
         check(config)
 
     def check_data(self) -> None:
@@ -78,7 +79,7 @@ class Detection(Method):
         self.encoder = make_encoder(config).clone(class_token=m.class_token, spatial=tuple(spatial))
         self.blocks = m.map_blocks if m.pyramid == "blocks" else (model.depth - 1,)
         extra = len(m.anchor_sizes) - len(m.scales)
-        self.pyramid = PYRAMIDS[m.pyramid](m.scales, extra, m.channels, m.norm, dtype)
+        self.pyramid = PYRAMIDS[m.pyramid](m.scales, extra, m.channels, m.norm, m.upsampling_norm, dtype)
         strides = [model.patch[0] / scale for scale in m.scales]
         strides += [strides[-1] * 2**number for number in range(1, extra + 1)]
         self.strides = strides[:len(m.scales)]
@@ -184,7 +185,7 @@ class Detection(Method):
         maps, extras = self.maps(params, extras, batch, drop_path_mask, weight)
         logits, deltas = self.ask_anchors(params, maps)
         terms = dict(zip(("objectness", "proposals"), self.proposal_losses(
-            anchor_keys, logits, deltas, objects, there), strict=True))
+            anchor_keys, logits, deltas, objects, there, batch["size"]), strict=True))
         boxes, real = self.propose(logits, deltas, batch["size"], train=True)
         regions, training = of_each_image(partial(
             selection.sampled_regions, overlap=self.config.method.stage_overlaps[0], count=self.config.method.regions,
@@ -214,7 +215,7 @@ class Detection(Method):
         return [logits for logits, _ in asked], [deltas for _, deltas in asked]
 
     def proposal_losses(self, keys: jax.Array, logits: list[jax.Array], deltas: list[jax.Array], objects: Objects,
-                        there: jax.Array) -> tuple[losses.Term, losses.Term]:
+                        there: jax.Array, size: jax.Array) -> tuple[losses.Term, losses.Term]:
         """Returns the loss terms of objectness and of the boxes of anchors.
 
         Args:
@@ -222,12 +223,13 @@ class Detection(Method):
           logits, deltas: the result of `ask_anchors`.
           objects: the annotated objects.
           there: bool [B], valid images.
+          size: int32 [B, 2], (height, width) of the images.
         """
         m = self.config.method
         training, targets = of_each_image(partial(
             selection.sampled_anchors, anchors=np.concatenate(self.anchors), overlaps=m.anchor_overlaps,
-            least=m.least_overlap, count=m.anchor_samples, positives=int(m.anchor_samples * m.anchor_positives)),
-            keys, objects, there)
+            least=m.least_overlap, count=m.anchor_samples, positives=int(m.anchor_samples * m.anchor_positives),
+            border=m.allowed_border), keys, objects, there, size)
         logits, deltas = jnp.concatenate(logits, 1), jnp.concatenate(deltas, 1)
         return losses.proposal_losses(_at(logits, training.index), _at(deltas, training.index), training.kind, targets,
                                       there.sum(dtype=jnp.float32), m.beta)

@@ -140,6 +140,8 @@ DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.
     "pyramid": "simple",  # simple: all maps from the last block; blocks: an FPN of the blocks in method.map_blocks
     "map_blocks": (2, 5, 8, 11),  # blocks of pyramid=blocks, as many as method.scales
     "scales": (4.0, 2.0, 1.0, 0.5),  # sides of the maps, relative to the grid of patches: 4, 2, 1 or 0.5
+    # Of pyramid=blocks, in the map that is upsampled 4 times: group (arXiv 2111.11429), batch (XCiT, iBOT).
+    "upsampling_norm": "group",
     "channels": 256,  # channels of the maps
     "norm": "layer",  # in pyramid and heads: layer, group, batch, none
     "box_norm": "",  # in the heads of boxes: layer, group, batch, none; '': as method.norm
@@ -151,6 +153,8 @@ DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.
     "anchor_samples": 256,  # anchors of an image that are trained on
     "anchor_positives": 0.5,  # largest share of positives among method.anchor_samples
     "anchor_overlaps": (0.7, 0.3),  # IoU with an object at which anchors are positive, and below which negative
+    # Pixels by which an anchor may cross the image's border and be trained on; -1: any number (MMDetection's name).
+    "allowed_border": -1,
     "least_overlap": 0.0,  # least IoU at which an object's best anchor is positive below method.anchor_overlaps
     "beta": 0.0,  # of the smooth L1 loss of proposals; 0: L1
     "candidates": (2000, 1000),  # most boxes of each map before suppression: in training, in evaluations
@@ -175,8 +179,8 @@ DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.
     "score": 0.05,  # least score of a detection
     "overlap": 0.5,  # IoU above which suppression removes the less likely of two detections of a class
     "max_detections": 100,  # most detections of an image
-    # What weight decay applies to. detectron2: all but the encoder's norms and positions; all; kernels: kernels and
-    # tokens.
+    # What weight decay applies to. detectron2: all but the encoder's norms and positions; all; matrices: what has more
+    # than one axis, positions and tokens too; kernels: the same without positions.
     "decayed": "detectron2",
 }
 TABLE: dict[str, dict[str, Any]] = {  # by the name of the method

@@ -105,6 +105,7 @@ class Pyramid(nn.Module):
     extra: int
     width: int
     norm: str
+    upsampling_norm: str  # of the FPN, in its maps that are upsampled 4 times
     dtype: Any
 
 
@@ -133,7 +134,7 @@ class FeaturePyramid(Pyramid):
     def __call__(self, maps: list[jax.Array], weight: jax.Array | None = None) -> list[jax.Array]:
         laterals = []
         for number, (x, scale) in enumerate(zip(maps, self.scales, strict=True)):
-            x = Scale(scale, False, "group", self.dtype, name=f"scale{number}")(x, weight)
+            x = Scale(scale, False, self.upsampling_norm, self.dtype, name=f"scale{number}")(x, weight)
             x = Conv(self.width, 1, self.dtype, "xavier", self.norm == "none", name=f"lateral{number}")(x)
             laterals.append(map_norm(self.norm, self.dtype, f"lateral{number}_norm")(x, weight))
         found: list[jax.Array] = []

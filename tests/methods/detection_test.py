@@ -267,18 +267,21 @@ def test_weight_decay_is_as_detectron2_has_it():
     names = flatten(tiny_params(detector({"model.positions": "learned"})))
     kept = {which: {name for name in names if not tiny_method(detector({
         "method.decayed": which, "model.positions": "learned"})).decays(name)}
-        for which in ("detectron2", "all", "kernels")}
+        for which in ("detectron2", "all", "kernels", "matrices")}
     assert kept["all"] == set()
     assert kept["detectron2"] == {"encoder/pos_embed", *(
         f"encoder/block_0{block}/norm{k}/{part}" for block in (0, 1) for k in (1, 2) for part in ("scale", "bias"))}
     assert kept["kernels"] == {name for name in names if not name.endswith("/kernel")}
+    assert kept["matrices"] == {name for name in names if not name.endswith(("/kernel", "/pos_embed"))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "parts"), [
     ({"method.norm": "batch", "method.box_convs": 1}, {"pyramid", "boxes", "masks"}),
     ({"method.norm": "none", "method.box_norm": "batch", "method.box_convs": 1, **CASCADE},
-     {"boxes", "boxes1", "boxes2"})], ids=["all", "boxes alone"])
+     {"boxes", "boxes1", "boxes2"}),
+    ({"method.norm": "none", "method.pyramid": "blocks", "method.scales": (4.0, 2.0),
+      "method.upsampling_norm": "batch"}, {"pyramid"})], ids=["all", "boxes alone", "upsampled map alone"])
 def test_batch_norms_see_what_counts_and_what_they_saw_is_kept_for_detections(fields, parts):
     config = detector(fields)
     method, batch = tiny_method(config), scene_batch(config)

@@ -114,7 +114,7 @@ def conv(weight):
 
 
 def test_the_simple_pyramid_is_that_of_torch():
-    module = SimplePyramid((4.0, 2.0, 1.0), 1, 16, "layer", jnp.float32)
+    module = SimplePyramid((4.0, 2.0, 1.0), 1, 16, "layer", "group", jnp.float32)
     found = {}
     for number, (deconvs, rest) in enumerate((((0, 3), 4), ((0,), 1), ((), 0))):
         theirs = part(f"level{number}/")
@@ -200,7 +200,7 @@ def test_layers_start_as_detectron2_fills_them(module, shape, deviations):
 
 
 def test_a_pyramid_of_blocks_adds_coarse_maps_to_fine_ones():
-    module = FeaturePyramid((4.0, 2.0, 1.0, 0.5), 1, 8, "layer", jnp.float32)
+    module = FeaturePyramid((4.0, 2.0, 1.0, 0.5), 1, 8, "layer", "group", jnp.float32)
     maps = list(np.random.default_rng(0).normal(size=(4, 1, 4, 4, 16)).astype(np.float32))
     params = jax.jit(module.init)(jax.random.key(0), maps)
     apply = jax.jit(module.apply)

@@ -53,7 +53,7 @@ def sampled(method, batch):
     objects = Objects(batch["box"], batch["box_class"], batch["box_valid"] > 0)
     there, anchors = batch["valid"] > 0, np.concatenate(method.anchors)
     first, _ = of_each_image(partial(selection.sampled_anchors, anchors=anchors, overlaps=(0.5, 0.3), least=0.0,
-                                     count=32, positives=16), keys, objects, there)
+                                     count=32, positives=16), keys, objects, there, batch["size"])
     proposals = np.tile(anchors[:200], (16, 1, 1))
     _, second = of_each_image(partial(selection.sampled_regions, overlap=0.5, count=16, positives=4), keys, proposals,
                               np.ones((16, 200), bool), objects)

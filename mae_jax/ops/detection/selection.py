@@ -59,23 +59,29 @@ def of_each_image(function: Callable[..., Any], *arrays: Any) -> Any:
     return partitioning.on_each_device(each, rows, rows)(*arrays)
 
 
-def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, anchors: jax.Array,
-                    overlaps: tuple[float, float], least: float, count: int,
-                    positives: int) -> tuple[Training, jax.Array]:
+def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, size: jax.Array, anchors: jax.Array,
+                    overlaps: tuple[float, float], least: float, count: int, positives: int,
+                    border: int = -1) -> tuple[Training, jax.Array]:
     """Samples anchors to train the proposal head on; returns them and their target deltas, float32 [S, 4].
 
     Args:
       key: of the image.
       objects: of the image.
       there: bool [], False for padding of the batch.
+      size: int32 [2], (height, width) of the image without padding.
       anchors: float32 [A, 4].
       overlaps: the thresholds `positive` and `negative` of `match`.
       least: see `match`.
       count, positives: see `sample`; S = count.
+      border: pixels by which anchors may cross the image's border; others match nothing. -1: any number.
     """
-    anchors = jnp.asarray(anchors)
-    found = match(iou(objects.box, anchors), objects.real, *overlaps, True, least)
-    index, kind = sample(key, jnp.where(there, found.kind, NEITHER), count, positives)
+    anchors, near = jnp.asarray(anchors), there
+    overlap = iou(objects.box, anchors)
+    if border >= 0:
+        near = there & (anchors[:, :2] >= -border).all(1) & (anchors[:, 2:] < size[::-1] + border).all(1)
+        overlap = jnp.where(near, overlap, 0)
+    found = match(overlap, objects.real, *overlaps, True, least)
+    index, kind = sample(key, jnp.where(near, found.kind, NEITHER), count, positives)
     own = found.object[index]
     return Training(index, kind, own), encode(objects.box[own], anchors[index], UNIT)
 
