@@ -223,9 +223,9 @@ class Waiting:
             there[place] = cells
             if len(there) == sum(len(view.layout) for view in opened.views):
                 del self.found[opened.number]
-                logits = [np.stack([there[number, n] for n in range(len(view.layout))])
-                          for number, view in enumerate(opened.views)]
-                yield Predicted(opened.number, windows.predicted(opened.views, logits), opened.mask)
+                of_views = [np.stack([there[number, n] for n in range(len(view.layout))])
+                            for number, view in enumerate(opened.views)]
+                yield Predicted(opened.number, windows.predicted(opened.views, of_views), opened.mask)
 
 
 @functools.lru_cache(maxsize=64)

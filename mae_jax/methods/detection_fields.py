@@ -36,6 +36,8 @@ def check(config: ConfigDict) -> None:
                 refuse(key, expected)
     if not -1 <= m.train_blocks <= depth:
         refuse("train_blocks", f"0 to {depth}, or -1 for the whole encoder")
+    if m.allowed_border < -1:
+        refuse("allowed_border", "0 or more pixels, or -1 for any number")
     for key in ("anchor_overlaps", "candidates", "proposals"):
         if len(m[key]) != 2:
             refuse(key, "two numbers")

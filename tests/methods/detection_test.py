@@ -345,6 +345,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.class_token": True}, "method.class_token=True; expected False: it has no place in windows"),
     ({"method.candidates": (10,)}, "method.candidates=(10,); expected two numbers"),
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2, or -1 for the whole encoder"),
+    ({"method.allowed_border": -2}, "method.allowed_border=-2; expected 0 or more pixels, or -1 for any number"),
     ({"method.score": 1.5}, "method.score=1.5; expected 0 to 1"),
     ({"method.regions": 0}, "method.regions=0; expected more than 0"),
     ({"model.patch": (4, 2)}, "need square patches"),
