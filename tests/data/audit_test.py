@@ -10,6 +10,7 @@ from PIL import Image
 
 from mae_jax.commands.inspect import report
 from mae_jax.data.audit import audit, copies
+from mae_jax.data.objects import Annotations, Truth, none
 from mae_jax.data.sources import folder, registry
 from mae_jax.data.sources.base import Example, Source
 from mae_jax.runtime import progress
@@ -89,6 +90,17 @@ def test_blank_pictures_are_told_and_are_no_copies_of_each_other():
     assert report.split_lines("train", seen, (4, 6))[1:] == ["  sizes      all 6 x 4",
                                                                    "  blank      4 of one color alone"]
     assert report.leak_lines({"train": seen, "test": seen}) == []
+
+
+@pytest.mark.parametrize(("size", "says"), [((4, 11), ""), ((7, 9), "; 1 have both sides below data.image_size=(8, 10)"
+                                                                    ", and are enlarged")])
+def test_images_with_objects_are_fitted_and_enlarged_if_both_sides_are_short(size, says):
+    """An image of 12 x 4 pixels in a canvas of 10 x 8 is made smaller, although it is not as high."""
+    shapes = [(*size, 3), (4, 12, 3)]
+    source = Source(2, lambda i: Example(np.arange(np.prod(shapes[i]), dtype=np.uint8).reshape(shapes[i])), str,
+                    annotations=Annotations(lambda i: Truth(i, none(shapes[i][:2])), ()))
+    seen = audit(source, 2, "train")
+    assert report.split_lines("train", seen, (8, 10))[1].endswith(says or "median 12 x 4")
 
 
 def test_groups_of_copies_come_in_order():

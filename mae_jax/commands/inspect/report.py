@@ -36,7 +36,7 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
         return lines
     if audit.source.classes:
         lines.append(_row("labels", _labels(audit)))
-    lines.append(_row("sizes", _sizes(audit.sizes[good], image_size)))
+    lines.append(_row("sizes", _sizes(audit.sizes[good], image_size, _has_objects(audit))))
     if any(audit.formats):
         more = f"; {len(audit.misnamed)} by another extension: {_some(audit.misnamed)}" if audit.misnamed else ""
         lines.append(_row("formats", _counts(audit.formats.most_common()) + more))
@@ -82,12 +82,16 @@ def _records(audit: "Audit", read: int) -> list[str]:
     return [_row("records", row), *(INDENT + fault for fault in audit.faults)]
 
 
+def _has_objects(audit: "Audit") -> bool:
+    return getattr(audit.source, "annotations", None) is not None
+
+
 def _labels(audit: "Audit") -> str:
     classes = [printable(name) for name in audit.source.classes]
     counts = [audit.labels[label] for label in range(len(classes))]
     least, most = int(np.argmin(counts)), int(np.argmax(counts))
     span = f"{counts[least]} ({classes[least]}) to {counts[most]} ({classes[most]})"
-    objects = getattr(audit.source, "annotations", None) is not None
+    objects = _has_objects(audit)
     what = "objects" if objects else "images"
     text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} {what} each"
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
@@ -99,14 +103,19 @@ def _labels(audit: "Audit") -> str:
     return text
 
 
-def _sizes(sizes: np.ndarray, image_size: tuple[int, int]) -> str:
-    """Returns a text about width and height of images, int32 [n, 2]: least, median and largest by area."""
+def _sizes(sizes: np.ndarray, image_size: tuple[int, int], whole: bool) -> str:
+    """Returns a text about width and height of images, int32 [n, 2]: least, median and largest by area.
+
+    `whole`: images are fitted into the canvas, not cropped to its shape.
+    """
     order = np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")
     least, median, largest = ("{} x {}".format(*sizes[order[at]]) for at in (0, len(order) // 2, -1))
-    small = int((sizes < image_size[::-1]).any(1).sum())
+    below = sizes < image_size[::-1]
+    small = int((below.all(1) if whole else below.any(1)).sum())
     text = f"{least} to {largest}, median {median}" if (sizes != sizes[0]).any() else f"all {least}"
     if small:
-        text += f"; {small} have a side below data.image_size={tuple(image_size)}, and are enlarged"
+        sides = "both sides" if whole else "a side"
+        text += f"; {small} have {sides} below data.image_size={tuple(image_size)}, and are enlarged"
     return text
 
 
