@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.data.decode import decode_mask, read_file
+from mae_jax.data.decode import BadImage, decode_mask, read_file
 from mae_jax.data.sources import folder_layout, folder_listing, label_lists, splits
 from mae_jax.data.sources.base import UNLABELED, Example, Source, printable_name
 from mae_jax.data.sources.expected_sizes import check_size
@@ -228,8 +228,15 @@ def _source(part: Part, files: Names, names: Names, labels: np.ndarray, strange:
 
 def _read(base: epath.Path, files: tuple[str, ...], labels: np.ndarray, masks: epath.Path | None, offset: int,
           i: int) -> Example:
-    mask = decode_mask(read_file((masks / files[i]).with_suffix(".png")), offset) if masks else None
+    mask = _read_mask((masks / files[i]).with_suffix(".png"), offset) if masks else None
     return Example(read_file(base / files[i]), int(labels[i]), mask=mask)
+
+
+def _read_mask(file: epath.Path, offset: int) -> np.ndarray:
+    try:
+        return decode_mask(read_file(file), offset)
+    except FileNotFoundError:
+        raise BadImage(f"its mask does not exist: {file}") from None
 
 
 def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.decode import decode
+from mae_jax.data.decode import BadImage, decode
 from mae_jax.data.sources import folder, registry
 from mae_jax.errors import UserError
 
@@ -255,6 +255,15 @@ def test_a_folder_without_masks_is_refused(tmp_path):
     Image.new("L", (3, 2)).save(tmp_path / "pictures" / "b.jpg")
     with pytest.raises(UserError, match=r"mask for b\.jpg.*b\.png"):
         load(tmp_path / "pictures", masks=tmp_path / "masks")
+
+
+def test_a_mask_that_is_missing_is_told_by_its_path(tmp_path):
+    for file in ("pictures/train/a.jpg", "pictures/train/b.jpg", "masks/train/b.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 2)).save(tmp_path / file)
+    source = load(tmp_path / "pictures", "train", masks=tmp_path / "masks")
+    with pytest.raises(BadImage, match=r"its mask does not exist: .*masks/train/a\.png"):
+        [source.read(i) for i in range(source.size)]
 
 
 @pytest.mark.parametrize(("name", "source"), [("list.csv", "table"), ("shard.tar", "tar"), ("x.parquet", "parquet")])
