@@ -258,11 +258,11 @@ def test_a_folder_without_masks_is_refused(tmp_path):
 
 
 def test_a_mask_that_is_missing_is_told_by_its_path(tmp_path):
-    for file in ("pictures/train/a.jpg", "pictures/train/b.jpg", "masks/train/b.png"):
+    for file in ("pictures/train/a.jpg", "pictures/train/b.jpg", "masks/train/a.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (3, 2)).save(tmp_path / file)
-    source = load(tmp_path / "pictures", "train", masks=tmp_path / "masks")
-    with pytest.raises(BadImage, match=r"its mask does not exist: .*masks/train/a\.png"):
+    source = load(tmp_path / "pictures", eval_split="", masks=tmp_path / "masks")
+    with pytest.raises(BadImage, match=r"its mask does not exist: .*masks/train/b\.png"):
         [source.read(i) for i in range(source.size)]
 
 
