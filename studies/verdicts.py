@@ -34,7 +34,8 @@ POWER = 0.8  # with which an effect that a study "would have seen" is seen
 SEEN, OPPOSITE, INSENSITIVE = "seen", "opposite seen", "instrument insensitive"
 NOTE = ("Differences are paired by seed. The corrected p is of the t test, by Holm over all rows; that of sign flips "
         f"is not corrected. A row would have seen an effect of the size said with a power of {POWER:g}, after "
-        f"correction, at the upper {LIMIT:.0%} limit of its deviation. Below {MIN_SEEDS} seeds there is no verdict.")
+        f"correction, at the upper {LIMIT:.0%} limit of its deviation. Below {MIN_SEEDS} seeds there is no verdict. "
+        "Seeds are new runs on the same test images: of other test images a verdict says nothing.")
 
 
 class Comparison(NamedTuple):

@@ -47,8 +47,8 @@ FOUND = """**Why experts hardly moved, and what it would have helped.** Of the f
 steps move experts; where they are and how their gates start changes little. Yet experts had specialized all along:
 even without any change, a domain's voted path reconstructs its images with less error than other paths do, and with
 all changes the difference is larger. The probe hardly sees it: it fits a layer of its own to the features of each
-path, and finds less than a point between the voted path and others, however far the experts went. So this probe is
-not what can tell the paths of so small a mixture apart.
+path, and finds less than a point between the voted path and others in the mean of these two seeds, also where the
+experts went far. So with this probe the paths of so small a mixture differ by less than the point that was asked.
 """
 
 

@@ -9,7 +9,8 @@ from studies import cells as shared
 
 STUDIES = {"finetune.study": "results", "finetune.instrument": "instrument", "quickstart.study": "results",
            "dense.study": "results_cpu", "dense.patches": "patches", "mixing.study": "results",
-           "negative_transfer.study": "results", "negative_transfer.instrument": "instrument"}
+           "small_data.study": "results", "negative_transfer.study": "results",
+           "negative_transfer.instrument": "instrument"}
 
 
 @pytest.mark.parametrize("name", STUDIES)
