@@ -2,7 +2,8 @@
 
   scripts/fetch_fashion_mnist.sh runs/fashion_mnist
   python studies/small_data/study.py --fashion=runs/fashion_mnist --workers=2
-                         (resumes after an interruption; --hours=1: one of them)
+                         (two hours of two cores to its check, which it failed; eight, roughly, if it passes; resumes
+                         after an interruption; --hours=1: one of them)
 
 SplitMask, BEiT, MAE and DINO are pre-trained on the first 58,000, 5,800 or 580 training images of Fashion-MNIST, for
 equally many images shown, with a vocabulary of that part alone. Each encoder is then fine-tuned on the labels of the
