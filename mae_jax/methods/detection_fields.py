@@ -84,13 +84,15 @@ def decays(which: str, path: str) -> bool:
 
     'detectron2': its default parameter groups exclude torch's normalization layers, and ViTDet's exclude the positions.
     Detectron2's own layer norms of maps are not excluded, so that all parameters of pyramid and heads, and all biases,
-    decay. 'matrices': BEiT's and iBOT's optimizers, which exclude positions and tokens by names that none has there.
+    decay. 'matrices' is as iBOT's optimizer decays, tables of relative positions apart, which its encoder lacks.
     """
     last = path.rsplit("/", 1)[-1]
     if which == "all":
         return True
-    if which in ("kernels", "matrices"):
-        return last in ("kernel", "cls_token") or (which == "matrices" and last == "pos_embed")
+    if which == "kernels":
+        return last in ("kernel", "cls_token")
+    if which == "matrices":
+        return last in ("kernel", "cls_token", "pos_embed")
     return last != "pos_embed" and not re.search(r"^encoder/.*norm\d?/", path)
 
 

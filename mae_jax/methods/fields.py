@@ -179,8 +179,8 @@ DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.
     "score": 0.05,  # least score of a detection
     "overlap": 0.5,  # IoU above which suppression removes the less likely of two detections of a class
     "max_detections": 100,  # most detections of an image
-    # What weight decay applies to. detectron2: all but the encoder's norms and positions; all; matrices: what has more
-    # than one axis, positions and tokens too; kernels: the same without positions.
+    # What weight decay applies to. detectron2: all but the encoder's norms and positions; all; matrices: kernels,
+    # tokens and positions (iBOT); kernels: kernels and tokens.
     "decayed": "detectron2",
 }
 TABLE: dict[str, dict[str, Any]] = {  # by the name of the method

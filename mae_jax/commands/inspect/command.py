@@ -69,7 +69,7 @@ def main() -> int:
     method, opened = methods.with_data(config)
     inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
     print(inputs.description, flush=True)  # reading every image may take long
-    warn_of_labels(opened, method)
+    warn_of_data(opened, method)
     if WRITE.value == "batches":
         from mae_jax.data.writers import write_batches
 
@@ -107,8 +107,8 @@ def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Pa
     paths.replace_bytes(path, content.getvalue())
 
 
-def warn_of_labels(opened: "OpenedData", method: "Method") -> None:
-    """Prints a warning if training would stop because labels are missing, or masks have no classes."""
+def warn_of_data(opened: "OpenedData", method: "Method") -> None:
+    """Prints what would stop training, labels or classes of masks that are missing; logs if anchors fit few objects."""
     try:
         if method.task == "classification" and "labels" not in method.eval_spec():
             opened.check_labels()
